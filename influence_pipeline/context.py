@@ -1,0 +1,183 @@
+"""What a pipeline needs of a loaded experiment: the model on its device, the data sets, the identities."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from influence_pipeline import plan
+from influence_pipeline.cache import FORMAT
+from influence_pipeline.cache.record import digest
+from influence_pipeline.errors import CacheMismatch, RequestError
+from influence_pipeline.experiment import Experiment, weights_hash
+from influence_pipeline.samples import DataSet, PerClass, per_class
+from influence_pipeline.settings import Settings
+from influence_pipeline.task import plain
+from stages.curvature import Curvature
+from stages.parameters import ModelFunction, evaluating
+from stages.s_test.solver import CurvatureSolver
+from stages.stage import StageError
+
+SENTINELS = 32
+"""Samples of a data set that are read to see whether it is still the same."""
+
+
+class Context:
+    """A loaded experiment under some settings.
+
+    Attributes:
+        experiment: with the test sets that the settings add.
+        settings: all of them.
+        device: where the model is computed.
+        function: the model as a function of its selected parameters.
+        weights: hash of the model's parameters and buffers.
+    """
+
+    def __init__(self, experiment: Experiment, settings: Settings, weights: str | None = None) -> None:
+        """Load the model and take its hash.
+
+        Args:
+            experiment: what to load.
+            settings: all settings.
+            weights: the hash that the model must have, in a worker process.
+
+        Raises:
+            RequestError: a setting does not fit the experiment.
+            CacheMismatch: the model is not the one that the parent process has.
+        """
+        self.settings = settings
+        self.experiment = experiment.with_tests(_selected(experiment, settings)) if settings.tests else experiment
+        self.device = _device(settings.runtime.device)
+        self.weights = weights_hash(experiment.model)
+        if weights not in (None, self.weights):
+            raise CacheMismatch(
+                f"a worker process loaded other weights ({self.weights}) than its parent has ({weights}): the "
+                "experiment must load the same weights every time, from a file, and not train"
+            )
+        try:
+            self.function = ModelFunction(experiment.model, experiment.task, settings.grad_z.parameters, self.device)
+            self.function.l2()
+        except StageError as error:
+            raise RequestError(str(error)) from error
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.function.size
+
+    @property
+    def memory(self) -> int:
+        """Bytes that one process may hold at once."""
+        return self.settings.runtime.memory
+
+    @functools.cached_property
+    def train(self) -> DataSet:
+        """The training set."""
+        return self._data(self.experiment.train, self.experiment.train_name)
+
+    @functools.cache  # noqa: B019 - one context for each pipeline, and its test sets live as long
+    def test(self, name: str) -> DataSet:
+        """Return a test set."""
+        return self._data(self.experiment.test(name), name)
+
+    def _data(self, data: Any, name: str) -> DataSet:
+        return DataSet(
+            data,
+            name,
+            collate=self.experiment.collate,
+            device=self.device,
+            keep_entries=self.experiment.task.keep,
+            workers=self.experiment.loader_workers,
+            keep_bytes=self.memory // 2,
+        )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the model into ``eval()`` mode, and back afterwards."""
+        with evaluating(self.experiment.model):
+            yield
+
+    @property
+    def gradient_batch(self) -> int:
+        """Samples on the device at once for per-sample gradients."""
+        chosen = self.settings.runtime.device_batch
+        return plan.device_batch(self.dim, self.memory, self.function.dtype.itemsize) if chosen == "auto" else chosen
+
+    @functools.cached_property
+    def curvature(self) -> Curvature:
+        """The curvature that the solver asks for, over the training set."""
+        solver = self.settings.s_test
+        kind = solver.curvature if isinstance(solver, CurvatureSolver) else "ggn"
+        chosen = self.settings.runtime.device_batch
+        return Curvature(self.function, self.train, kind, 256 if chosen == "auto" else chosen)
+
+    @functools.cached_property
+    def train_fingerprint(self) -> bytes:
+        """A digest of the training set's length and of some of its samples."""
+        ids = sentinels(len(self.train))
+        return digest([len(self.train).to_bytes(8, "little"), self.train.digests(ids)])
+
+    # ---- identities: what changes an array, and nothing else ------------------------------------------------------
+
+    def _basis(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "weights": self.weights,
+            "parameters": {name: list(p.shape) for name, p in self.function.params.items()},
+            "projection": None,
+            "task": self.experiment.task.identity(),
+            "train": self.experiment.train_name,
+        }
+
+    def grad_z_identity(self) -> dict[str, Any]:
+        """Return what the training gradients depend on."""
+        return {**self._basis(), "encoding": self.settings.grad_z.encoding}
+
+    def curvature_identity(self) -> dict[str, Any] | None:
+        """Return what the solver's preparation depends on, None where it prepares nothing."""
+        prepares = self.settings.s_test.preparation()
+        return None if prepares is None else {**self._basis(), "l2": plain(self.experiment.task.l2), **prepares}
+
+    def s_test_identity(self, tests: str) -> dict[str, Any]:
+        """Return what the solutions for a test set depend on."""
+        return {
+            **self._basis(),
+            "l2": plain(self.experiment.task.l2),
+            "measurement": self.experiment.task.measurement_identity(),
+            "s_test": self.settings.s_test.model_dump(mode="json"),
+            "tests": tests,
+        }
+
+
+def sentinels(count: int) -> list[int]:
+    """Return at most ``SENTINELS`` positions, spread evenly over ``count``."""
+    return sorted({i * count // SENTINELS for i in range(SENTINELS)}) if count > SENTINELS else list(range(count))
+
+
+def _selected(experiment: Experiment, settings: Settings) -> dict[str, PerClass]:
+    """Cut out the test sets that the settings ask for."""
+    found = {}
+    for name, selection in settings.tests.items():
+        of = selection.of
+        if of is None:
+            if len(experiment.test_names) != 1:
+                raise RequestError(f"tests.{name}: say `of` which test set: {', '.join(experiment.test_names)}")
+            of = experiment.test_names[0]
+        found[name] = per_class(experiment.test(of), selection.per_class, selection.start)
+    return found
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of this name, "auto" for a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"runtime.device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device

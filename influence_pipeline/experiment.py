@@ -1,0 +1,237 @@
+"""An experiment: a trained model, its task, its training set and its test sets; and how it is loaded.
+
+Experiments load; they do not train. Worker processes load the same experiment again, by reference where there is
+one ("file.py:function"), otherwise from a pickle made for that run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from influence_pipeline.errors import InfluenceError, RequestError
+from influence_pipeline.samples import PerClass, check_dataset
+from influence_pipeline.settings import check_name
+from influence_pipeline.task import Task
+from stages.stage import Array
+
+Data = Dataset[Any] | Callable[[], Dataset[Any]]
+
+
+class Experiment:
+    """Everything that belongs to one trained model.
+
+    Attributes:
+        task: what is learnt and measured.
+        train_name: name of the training set in the cache.
+        collate: as for a DataLoader; PyTorch's default where None.
+        loader_workers: processes that read samples, 0 for none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        task: Task,
+        train: Data,
+        tests: Mapping[str, Data],
+        *,
+        train_name: str = "train",
+        collate: Callable[[list[Any]], Any] | None = None,
+        loader_workers: int = 0,
+        train_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Describe an experiment; a model or a data set may be a function that makes it, called when needed.
+
+        Args:
+            model: the trained model, in any mode and on any device; it stays as it is.
+            task: what is learnt and measured.
+            train: the training set, a map-style data set.
+            tests: test sets by name.
+            train_name: name of the training set in the cache.
+            collate: makes a batch of a list of samples; PyTorch's default where None.
+            loader_workers: processes that read samples, for data sets that are slow to read.
+            train_ids: the ids by which training samples are named in results; by default their positions.
+
+        Raises:
+            RequestError: something is not of the kind that is needed.
+        """
+        if not isinstance(task, Task):
+            raise RequestError(f"task must be an ip.Task, for example ip.Classification(), got {type(task).__name__}")
+        if not isinstance(tests, Mapping):
+            raise RequestError(
+                f'tests must be a dict of data sets by name, for example {{"holdout": test_set}}, got {type(tests).__name__}'
+            )
+        if loader_workers < 0:
+            raise RequestError(f"loader_workers must be 0 or more, got {loader_workers}")
+        self.task = task
+        self.train_name = check_name(train_name, "train_name")
+        self.collate = collate
+        self.loader_workers = loader_workers
+        self._model = model
+        self._train = train
+        self._tests = {check_name(name, "tests"): data for name, data in tests.items()}
+        self._train_ids = None if train_ids is None else np.asarray(train_ids)
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model.
+
+        Raises:
+            RequestError: it is no module.
+        """
+        if not isinstance(self._model, nn.Module):
+            made = self._model() if callable(self._model) else self._model
+            if not isinstance(made, nn.Module):
+                raise RequestError(
+                    f"model must be a torch.nn.Module or a function that makes one, got {type(made).__name__}"
+                )
+            self._model = made
+        return self._model
+
+    @property
+    def train(self) -> Dataset[Any]:
+        """The training set."""
+        self._train = _made(self._train, self.train_name)
+        return self._train
+
+    @property
+    def test_names(self) -> tuple[str, ...]:
+        """The names of the test sets."""
+        return tuple(self._tests)
+
+    def test(self, name: str) -> Dataset[Any]:
+        """Return a test set.
+
+        Raises:
+            RequestError: there is none of this name.
+        """
+        if name not in self._tests:
+            known = ", ".join(self._tests) or "none"
+            raise RequestError(f"no test set {name!r}; the experiment has: {known}")
+        self._tests[name] = _made(self._tests[name], name)
+        return self._tests[name]
+
+    def with_tests(self, tests: Mapping[str, Dataset[Any]]) -> Experiment:
+        """Return this experiment with further test sets.
+
+        Raises:
+            RequestError: a name is taken.
+        """
+        for name in tests:
+            if name in self._tests:
+                raise RequestError(f"tests.{name}: the experiment has a test set of this name; choose another name")
+        other = Experiment.__new__(Experiment)
+        other.__dict__.update(self.__dict__)
+        other._tests = {**self._tests, **tests}
+        return other
+
+    def train_ids(self) -> Array:
+        """Return the ids by which training samples are named, (N,) int64.
+
+        Raises:
+            RequestError: they are not as many different whole numbers as there are samples.
+        """
+        count = check_dataset(self.train, self.train_name)
+        if self._train_ids is None:
+            return np.arange(count, dtype=np.int64)
+        ids = self._train_ids
+        whole = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
+        if not whole or len(ids) != count or len(np.unique(ids)) != count or ids.min() < 0:
+            raise RequestError(f"train_ids must be {count} different whole numbers of at least 0, one for each sample")
+        return ids.astype(np.int64)
+
+    def test_ids(self, name: str) -> Array:
+        """Return the positions of a test set's samples, (T,) int64; in the set it was cut out of by ``per_class``."""
+        data = self.test(name)
+        if isinstance(data, PerClass):
+            return np.asarray(data.indices, dtype=np.int64)
+        return np.arange(check_dataset(data, name), dtype=np.int64)
+
+
+def _made(data: Any, name: str) -> Any:
+    """Return a data set, calling the function that makes it where it is one."""
+    if callable(data) and not hasattr(data, "__getitem__"):
+        data = data()
+    check_dataset(data, name)
+    return data
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return a hash of all parameters and buffers: names, types, shapes, bytes."""
+    state = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        value = tensor.detach().cpu().contiguous()
+        state.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        state.update(value.flatten().view(torch.uint8).numpy())
+    return state.hexdigest()[:16]
+
+
+def load(reference: str) -> Experiment:
+    """Call the function that a reference names, "file.py:function" or "package.module:function".
+
+    Raises:
+        RequestError: the file or function is missing, raises, or does not return an Experiment; an error inside
+            the file is shown with its own file and line.
+    """
+    place, _, name = reference.partition(":")
+    if not place or not name:
+        raise RequestError(f'experiment = {reference!r} must be "file.py:function" or "package.module:function"')
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        function = getattr(module, name, None)
+        if not callable(function):
+            found = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "nothing"
+            raise RequestError(f"{place} has no function {name!r}; it has {found}")
+        experiment = function()
+    except InfluenceError:
+        raise
+    except Exception as error:
+        raise RequestError(_own_lines(error, place, reference)) from error
+    if not isinstance(experiment, Experiment):
+        raise RequestError(f"{reference} must return an ip.Experiment, got {type(experiment).__name__}")
+    return experiment
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Import a file by its path, with its folder on the path so that it can import its neighbours."""
+    path = path.resolve()
+    if not path.is_file():
+        raise RequestError(f"experiment: {path}: no such file")
+    name = f"influence_experiment_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _own_lines(error: Exception, place: str, reference: str) -> str:
+    """Describe an error in the user's file by its own lines, without the frames that led there."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{reference}: {error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).name == Path(place).name] or frames[-1:]
+    lines = "".join(f"\n  {frame.filename}, line {frame.lineno}: {frame.line}" for frame in own)
+    return f"{reference} raised {type(error).__name__}: {error}{lines}"

@@ -1,0 +1,265 @@
+"""Influences: what a user does with the result. Reads the cache; needs neither model nor data."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from influence_pipeline.cache import Cache, Group
+from influence_pipeline.errors import MissingStage, RequestError
+from stages.influence.ranking import bottom_k, top_k
+from stages.stage import Array
+
+if TYPE_CHECKING:
+    import xarray
+    from torch.utils.data import Dataset, Subset
+
+
+class Influences:
+    """The influence of N training samples on T test samples.
+
+    ``scores[t, i]`` predicts the measurement of test sample t after training without sample i, minus what it is
+    now. For a loss, positive is helpful and negative is harmful; for a task with ``higher_is_better`` it is the
+    other way round. Ids are those of the training samples, everywhere.
+
+    Attributes:
+        tests: name of the test set.
+        key: of these results in the cache.
+        train_ids: (N,) int64, the id of each column of ``scores``.
+        test_ids: (T,) int64, the id of each row.
+        offset: (T,) what to add to a row to predict retraining on a mean over N − 1 samples.
+        seconds: spent by this process on computing them, 0 where all was cached.
+    """
+
+    def __init__(self, cache: Cache, group: Group, seconds: float = 0.0) -> None:
+        """Read results; use :meth:`open` or a Pipeline."""
+        self._group = group
+        identity = group.attributes["identity"]
+        self.tests: str = group.attributes["tests"]
+        self.key = group.path.name.removeprefix(f"{self.tests}-")
+        self.higher_is_better: bool = identity["higher_is_better"]
+        self.train_ids: Array = group.array("train_ids")[:]
+        self.test_ids: Array = group.array("test_ids")[:]
+        self.offset: Array = group.array("offset")[:]
+        self.seconds = seconds
+        self._solved = cache.find("s_test", identity["s_test"])
+        self._trained = cache.find("grad_z", identity["grad_z"])
+
+    @classmethod
+    def open(cls, cache: Path | str, tests: str, key: str | None = None) -> Influences:
+        """Open results by the name of their test set; by key, too, where several are cached.
+
+        Raises:
+            MissingStage: nothing is cached, or it is not complete.
+            RequestError: several are cached and none is chosen.
+        """
+        folder = Cache(cache)
+        found = [
+            group
+            for group in folder.groups("influence")
+            if group.attributes["tests"] == tests and key in (None, group.path.name.removeprefix(f"{tests}-"))
+        ]
+        if not found:
+            there = sorted({group.attributes["tests"] for group in folder.groups("influence")}) or ["nothing"]
+            what = f"{tests!r}" + (f" with key {key}" if key else "")
+            raise MissingStage(f"no results for {what} in {folder.path}; there is: {', '.join(there)}")
+        if len(found) > 1:
+            lines = []
+            for group in found:
+                solved = folder.find("s_test", group.attributes["identity"]["s_test"])
+                settings = solved.attributes["identity"]["s_test"] if solved else "?"
+                lines.append(f'  key="{group.path.name.removeprefix(f"{tests}-")}"  {json.dumps(settings)}')
+            raise RequestError(f"several results for {tests!r} in {folder.path}; choose one:\n" + "\n".join(lines))
+        group = found[0]
+        if group.array("finished")[:4].tobytes() == bytes(4):
+            raise MissingStage(f"the results for {tests!r} in {folder.path} are not complete: run the pipeline again")
+        return cls(folder, group)
+
+    @property
+    def scores(self) -> Any:
+        """The zarr array (T, N) float32; slice it, since it may be larger than memory.
+
+        Raises:
+            RequestError: scores were not stored.
+        """
+        if "scores" not in self._group:
+            raise RequestError("scores were not stored (influence.store_scores = false): only rankings are there")
+        return self._group.array("scores")
+
+    @property
+    def residual(self) -> Array | None:
+        """The solver's evidence, |v − (H + λI) x| / |v| for each test, (T,); None where s_test was removed."""
+        return None if self._solved is None else np.asarray(self._solved.array("residual")[:])
+
+    @property
+    def damping(self) -> float | None:
+        """λ, absolute; None where s_test was removed."""
+        return None if self._solved is None else float(self._solved.array("damping")[0])
+
+    def helpful(self, k: int = 10) -> tuple[Array, Array]:
+        """Return ids (T, k) int64 and scores (T, k) float32, most helpful first; equal scores by ascending id.
+
+        Raises:
+            RequestError: k is more than there are, or more than were kept.
+        """
+        return self._ranked("harmful" if self.higher_is_better else "helpful", k)
+
+    def harmful(self, k: int = 10) -> tuple[Array, Array]:
+        """Return ids (T, k) int64 and scores (T, k) float32, most harmful first; equal scores by ascending id.
+
+        Raises:
+            RequestError: k is more than there are, or more than were kept.
+        """
+        return self._ranked("helpful" if self.higher_is_better else "harmful", k)
+
+    def mean_scores(self) -> Array:
+        """Return the scores averaged over the tests, (N,) float32."""
+        mean: Array = self._group.array("mean_scores")[:]
+        return mean
+
+    def helpful_on_average(self, k: int = 10) -> tuple[Array, Array]:
+        """Return ids (k,) and mean scores (k,), most helpful first.
+
+        Raises:
+            RequestError: k is more than there are.
+        """
+        return self._on_average(bottom_k if self.higher_is_better else top_k, k)
+
+    def harmful_on_average(self, k: int = 10) -> tuple[Array, Array]:
+        """Return ids (k,) and mean scores (k,), most harmful first: the first candidates for wrong labels.
+
+        Raises:
+            RequestError: k is more than there are.
+        """
+        return self._on_average(top_k if self.higher_is_better else bottom_k, k)
+
+    def subset(self, train: Dataset[Any], k: int = 1000) -> Subset[Any]:
+        """Return the k training samples with the largest mean influence, of either sign, for retraining.
+
+        Args:
+            train: the training set that the influences are of.
+            k: how many.
+
+        Raises:
+            RequestError: k is more than there are, or ``train`` has another length.
+        """
+        from torch.utils.data import Subset
+
+        self._check_k(k)
+        if len(train) != len(self.train_ids):  # type: ignore[arg-type]
+            raise RequestError(f"train has {len(train)} samples, the influences are of {len(self.train_ids)}")  # type: ignore[arg-type]
+        positions = top_k(np.abs(self.mean_scores())[None], np.arange(len(self.train_ids)), k)[0][0]
+        return Subset(train, positions.tolist())
+
+    def to_json(self, path: Path | str, k: int | None = None) -> None:
+        """Write the JSON of pytorch_influence_functions, with the sign of this package (positive = helpful).
+
+        For each test id: ``label``, ``num_in_dataset`` (position in the test set), ``time_calc_influence_s`` (what
+        this process spent, by test; 0 where all was cached), ``influence`` (all scores, where they are stored),
+        ``harmful`` and ``helpful`` (all ids where scores are stored, else those that were kept).
+
+        Args:
+            path: the file.
+            k: ranks at most.
+
+        Raises:
+            RequestError: k is more than there are.
+        """
+        if k is not None:
+            self._check_k(k)
+        stored = "scores" in self._group
+        kept = self._group.array("helpful_ids").shape[1]
+        ranks = k if k is not None else len(self.train_ids) if stored else kept
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("{")
+            for row, test in enumerate(self.test_ids.tolist()):
+                entry = {
+                    "label": self._label(row),
+                    "num_in_dataset": row,
+                    "time_calc_influence_s": self.seconds / len(self.test_ids),
+                    "influence": self.scores[row].tolist() if stored else [],
+                    "harmful": self._ranked_ids("harmful", row, ranks),
+                    "helpful": self._ranked_ids("helpful", row, ranks),
+                }
+                file.write(f"{',' if row else ''}\n{json.dumps(str(test))}: {json.dumps(entry)}")
+            file.write("\n}\n")
+
+    def to_xarray(self) -> xarray.DataArray:
+        """Return the scores with dims test and train, and their ids as coordinates; read when computed with.
+
+        Raises:
+            RequestError: xarray is not installed, or scores were not stored.
+        """
+        try:
+            import xarray
+        except ImportError:
+            raise RequestError('to_xarray needs xarray: pip install "influence-pipeline[xarray]"') from None
+        return xarray.DataArray(
+            self.scores[:],
+            dims=("test", "train"),
+            coords={"test": self.test_ids, "train": self.train_ids, "offset": ("test", self.offset)},
+            name="influence",
+            attrs={"tests": self.tests, "key": self.key},
+        )
+
+    def labels(self) -> tuple[Array | None, Array | None]:
+        """Return the labels of tests (T,) and training samples (N,), float64; None where they are not cached."""
+        tests = None if self._solved is None else self._solved.array("label")[:]
+        trains = None if self._trained is None else self._trained.array("label")[:]
+        return tests, trains
+
+    def __len__(self) -> int:
+        """Count the test samples."""
+        return len(self.test_ids)
+
+    def __repr__(self) -> str:
+        """Say what these are."""
+        return f"<Influences of {len(self.train_ids)} training samples on {len(self)} tests {self.tests!r}, {self._group.path}>"
+
+    # ---- rankings ------------------------------------------------------------------------------------------------
+
+    def _ranked(self, side: str, k: int) -> tuple[Array, Array]:
+        self._check_k(k)
+        kept = self._group.array(f"{side}_ids")
+        if k <= kept.shape[1]:
+            return kept[:, :k], self._group.array(f"{side}_scores")[:, :k]
+        if "scores" not in self._group:
+            raise RequestError(
+                f"k = {k}, and {kept.shape[1]} ranks were kept: run with a larger influence.top_k, "
+                "or with influence.store_scores = true"
+            )
+        pick = top_k if side == "helpful" else bottom_k
+        rows = [pick(self.scores[row : row + 1], self.train_ids, k) for row in range(len(self))]
+        return np.concatenate([ids for ids, _ in rows]), np.concatenate([scores for _, scores in rows])
+
+    def _ranked_ids(self, side: str, row: int, k: int) -> list[int]:
+        if self.higher_is_better:
+            side = "harmful" if side == "helpful" else "helpful"
+        kept = self._group.array(f"{side}_ids")
+        if k <= kept.shape[1] or "scores" not in self._group:
+            found: list[int] = kept[row, :k].tolist()
+            return found
+        pick = top_k if side == "helpful" else bottom_k
+        ranked: list[int] = pick(self.scores[row : row + 1], self.train_ids, k)[0][0].tolist()
+        return ranked
+
+    def _on_average(self, pick: Any, k: int) -> tuple[Array, Array]:
+        self._check_k(k)
+        ids, scores = pick(self.mean_scores()[None], self.train_ids, k)
+        return ids[0], scores[0]
+
+    def _check_k(self, k: int) -> None:
+        if not 0 < k <= len(self.train_ids):
+            raise RequestError(f"k = {k}: there are {len(self.train_ids)} training samples")
+
+    def _label(self, row: int) -> int | float | None:
+        if self._solved is None:
+            return None
+        label = float(self._solved.array("label")[row])
+        if math.isnan(label):
+            return None
+        return int(label) if label.is_integer() else label

@@ -1,0 +1,181 @@
+"""Plans: pure arithmetic on sizes. Blocks, tiles, bytes and memory, before anything is computed.
+
+A grid is a function of D, the number of coordinates, alone, so that it is the same for whoever resumes a cache;
+``memory`` only splits the work inside a block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from influence_pipeline.errors import RequestError
+
+DECODED_SHARD_BYTES = 256 * 2**20
+MOST_ROWS = 1024
+MOST_TESTS = 64
+"""Test samples that are solved for together: more share each pass over the training set, fewer are lost to a kill."""
+MOST_SCORED_TESTS = 1024
+TILE_ENTRIES = 2**21
+TILE_ROWS = 256
+TILE_COLUMNS = 8192
+
+
+def block_rows(dim: int, most: int = MOST_ROWS) -> int:
+    """Return the rows of a block of float32 vectors of ``dim`` entries: a power of two, at most ``most``."""
+    fits = DECODED_SHARD_BYTES // (4 * dim)
+    return min(most, 2 ** int(math.log2(fits))) if fits >= 1 else 1
+
+
+def train_band(rows: int, top_k: int) -> int:
+    """Return the training samples of a block of scores: whole gradient blocks, at least 16 · top_k samples."""
+    return rows * max(1, math.ceil(16 * top_k / rows))
+
+
+def tile_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the tiles that a block's part of an array is cut into, of about equal width.
+
+    A tile has at most ``TILE_ENTRIES`` entries, and decodes several times faster than whole long rows.
+    """
+    if len(shape) < 2:
+        return shape
+    rows, columns = shape[-2:]
+    tile_rows = min(TILE_ROWS, rows)
+    most = max(TILE_COLUMNS, TILE_ENTRIES // tile_rows)
+    tile_columns = math.ceil(columns / math.ceil(columns / most))
+    return (*(1 for _ in shape[:-2]), tile_rows, tile_columns)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """How one block of scores reads its gradients.
+
+    Attributes:
+        rows: rows at once.
+        columns: columns at once.
+        passes: times that the gradients are read, over all test samples.
+        memory_bytes: what a block holds at once.
+    """
+
+    rows: int
+    columns: int
+    passes: int
+    memory_bytes: int
+
+
+def reads(
+    tests: int, samples: int, dim: int, rows: int, bands: tuple[int, int], memory_bytes: int, *, computed: bool
+) -> Reads:
+    """Choose the tiles that a block of scores is computed in: whole rows where they fit, columns where not.
+
+    Args:
+        tests: T.
+        samples: N.
+        dim: D.
+        rows: rows of a block of gradients.
+        bands: test and training samples of a block of scores.
+        memory_bytes: the budget.
+        computed: gradients are computed as they are read, a whole block at a time.
+
+    Raises:
+        RequestError: not even one column fits; the message has the bytes needed.
+    """
+    test_rows, band = min(tests, bands[0]), min(samples, bands[1])
+    fixed = 3 * 4 * test_rows * band + (3 * 4 * min(rows, samples) * dim if computed else 0)
+    read_rows = min(rows, samples) if computed else min(rows, samples, TILE_ROWS)
+    per_column = 4 * test_rows + (4 + 4 + 2) * read_rows
+    columns = min(dim, (memory_bytes - fixed) // per_column)
+    least = min(dim, 256)
+    if columns < least:
+        raise RequestError(
+            f"influence: a block of {test_rows} tests × {band} training samples needs "
+            f"{show_bytes(fixed + per_column * least)}; runtime.memory is {show_bytes(memory_bytes)}: raise it"
+        )
+    passes = math.ceil(tests / bands[0])
+    return Reads(read_rows, columns, passes, fixed + per_column * columns)
+
+
+def gradients_memory(dim: int, samples: int, batch: int, itemsize: int) -> int:
+    """Return what one block of gradients holds at once: the block, its encoded copy, and two batches."""
+    rows = min(block_rows(dim), samples)
+    return dim * (rows * (4 + 4) + 2 * batch * itemsize)
+
+
+def device_batch(dim: int, memory_bytes: int, itemsize: int) -> int:
+    """Return how many samples' gradients are computed together: 64 (measured best), less for large models."""
+    return max(1, min(64, memory_bytes // (8 * dim * itemsize)))
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage has, and what it would take.
+
+    Attributes:
+        stage: its name.
+        key: of its arrays in the cache.
+        done: blocks that are there.
+        total: blocks in all.
+        rows: samples in all.
+        bytes_on_disk: what is there.
+        bytes_bound: upper bound of what all of it would take, uncompressed.
+        memory_bytes: what one process holds at once.
+        passes: what it reads how often, for people.
+        differs: for a miss, how the identity differs from the nearest that is cached.
+    """
+
+    stage: str
+    key: str
+    done: int
+    total: int
+    rows: int
+    bytes_on_disk: int
+    bytes_bound: int
+    memory_bytes: int
+    passes: str
+    differs: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to compute."""
+        return self.done == self.total
+
+    def __str__(self) -> str:
+        """Show it in one line, and one for each difference."""
+        state = "complete" if self.complete else "not begun" if not self.done else "to go on"
+        lines = [
+            f"{self.stage:<10} {self.key:<24} {self.done:>6} / {self.total:<6} blocks  {state:<9}  "
+            f"{show_bytes(self.bytes_on_disk):>9} of ≤ {show_bytes(self.bytes_bound):<9}  "
+            f"memory {show_bytes(self.memory_bytes):<9}  {self.passes}"
+        ]
+        lines += [f"{'':<11}differs from what is cached: {text}" for text in self.differs]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; printing it shows it."""
+
+    title: str
+    stages: tuple[StagePlan, ...] = field(default=())
+
+    def __getitem__(self, stage: str) -> StagePlan:
+        """Return the plan of one stage."""
+        return next(plan for plan in self.stages if plan.stage == stage)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to compute."""
+        return all(plan.complete for plan in self.stages)
+
+    def __str__(self) -> str:
+        """Show it as a table."""
+        return "\n".join([self.title, *map(str, self.stages)])
+
+
+def show_bytes(count: float) -> str:
+    """Write an amount of memory for people."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

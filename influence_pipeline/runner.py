@@ -1,0 +1,328 @@
+"""The runner: finds the blocks that are missing, has them computed, and keeps them.
+
+It knows no calculus. Blocks go to a joblib backend; each is computed and written by one worker, its record last,
+so that whatever happens the next run goes on with the first block that has no valid record. The only place that
+imports joblib and tqdm.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import joblib
+import torch
+from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from tqdm import tqdm
+
+from influence_pipeline.cache import Group, Layout
+from influence_pipeline.cache.record import NOTHING, digest
+from influence_pipeline.errors import RequestError, WorkError
+from influence_pipeline.samples import DIGEST_BYTES, DataSet
+from influence_pipeline.settings import RuntimeSettings
+from stages.stage import Array, ArrayLike, ArraySpec, Block, Progress, Stage, StageError
+
+log = logging.getLogger(__name__)
+
+DIGESTS = "digests"
+
+
+@dataclass
+class Work:
+    """A stage with what the machine adds to it: where its samples come from, and what its blocks depend on.
+
+    Attributes:
+        stage: the mathematics.
+        label: what people read.
+        data: the data set along the grid's only axis; each sample's digest is kept beside what is computed of it.
+        inputs: digest of whatever else a block reads.
+        before: called once before the first block that is computed here.
+    """
+
+    stage: Stage
+    label: str
+    data: DataSet | None = None
+    inputs: Callable[[Block], bytes] = lambda block: NOTHING
+    before: Callable[[], None] = lambda: None
+    _ready: bool = field(default=False, init=False)
+
+    @property
+    def layout(self) -> Layout:
+        """The arrays in the cache."""
+        arrays = self.stage.arrays
+        if self.data is not None:
+            axis = self.stage.grid.axes[0]
+            about = "digest of each sample as it was read"
+            arrays = (
+                *arrays,
+                ArraySpec(DIGESTS, (axis.name, "byte"), (axis.length, DIGEST_BYTES), "uint8", about=about),
+            )
+        return Layout(self.stage.grid, arrays, self.stage.merged)
+
+    def ready(self) -> None:
+        """Do once, in the process that computes, what must be done before the first block."""
+        if not self._ready:
+            self.before()
+            self.stage.prepare()
+            self._ready = True
+
+    def compute(self, block: Block, group: Group, report: Callable[[Progress], None]) -> None:
+        """Compute one block and keep it."""
+        self.ready()
+        values = self.stage.compute(block, report)
+        samples = NOTHING
+        if self.data is not None:
+            values[DIGESTS] = self.data.digests(block.ids(self.stage.grid.axes[0].name))
+            samples = digest([values[DIGESTS]])
+        group.commit(self.layout, block, values, samples, self.inputs(block))
+
+
+def pending(work: Work, group: Group | None) -> list[Block]:
+    """Return the blocks that are not there, in order."""
+    if group is None:
+        return list(work.stage.grid)
+    layout = work.layout
+    known = group.array("blocks").shape[:-1]
+    missing = []
+    for block in work.stage.grid:
+        inside = all(i < n for i, n in zip(block.index, known, strict=True))
+        if not inside or not group.valid(layout, block, work.inputs(block)):
+            missing.append(block)
+    return missing
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of one stage did.
+
+    Attributes:
+        computed: blocks computed now.
+        total: blocks in all.
+        seconds: spent.
+    """
+
+    computed: int
+    total: int
+    seconds: float
+
+
+Rebuild = Callable[[], tuple[Work, Group]]
+"""Makes the same work in another process; must be picklable by reference."""
+
+
+def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, token: str) -> Outcome:
+    """Compute every missing block of a stage and merge them.
+
+    Args:
+        work: the stage.
+        group: where it is kept, of the right size.
+        runtime: workers and progress.
+        rebuild: makes work and group in worker processes.
+        token: tells one run's work from another's in workers that are used again.
+
+    Returns:
+        What was done.
+
+    Raises:
+        RequestError: the model, the data or a setting makes the work impossible.
+        WorkError: the work failed; finished blocks are kept.
+    """
+    began = time.monotonic()
+    with group.lock():
+        missing = pending(work, group)
+        if not missing and group.finished(work.layout):
+            return Outcome(0, len(work.stage.grid), time.monotonic() - began)
+        group.sweep()
+        log.info("%s: %d of %d blocks to compute, into %s", work.label, len(missing), len(work.stage.grid), group.path)
+        with _threads(runtime.workers), _named_errors(work.label), _Bar(work, missing, runtime.progress) as bar:
+            if runtime.workers == 1 or len(missing) < 2:
+                for block in missing:
+                    work.compute(block, group, bar.within(block))
+                    bar.finished(block)
+            else:
+                _in_workers(work, missing, runtime, rebuild, token, bar)
+            if not group.finished(work.layout):
+                arrays: dict[str, ArrayLike] = {
+                    spec.name: group.rows(spec.name) if spec.encoding else group.array(spec.name)
+                    for spec in work.layout.arrays
+                }
+                group.commit_merged(work.layout, _finish(work, arrays, bar))
+    seconds = time.monotonic() - began
+    log.info("%s: %d blocks computed in %.1f s", work.label, len(missing), seconds)
+    return Outcome(len(missing), len(work.stage.grid), seconds)
+
+
+def _finish(work: Work, arrays: Mapping[str, ArrayLike], bar: _Bar) -> dict[str, Array]:
+    work.before()
+    return work.stage.finish(arrays, bar.note)
+
+
+def _in_workers(
+    work: Work, missing: list[Block], runtime: RuntimeSettings, rebuild: Rebuild, token: str, bar: _Bar
+) -> None:
+    """Have blocks computed by processes; each writes its own and only its index comes back."""
+    blocks = {block.index: block for block in missing}
+    threads = _threads_each(runtime.workers)
+    log_file = None if runtime.log_file is None else str(runtime.log_file)
+    parallel = joblib.Parallel(
+        n_jobs=runtime.workers, return_as="generator_unordered", pre_dispatch="all", batch_size=1
+    )
+    try:
+        for index in parallel(joblib.delayed(_block_in_worker)(rebuild, token, i, threads, log_file) for i in blocks):
+            bar.finished(blocks[index])
+    except TerminatedWorkerError as error:
+        raise WorkError(
+            f"{work.label}: a worker process died, out of memory perhaps: use fewer workers or less runtime.memory. "
+            "Finished blocks are kept; the same command goes on"
+        ) from error
+    except BaseException:
+        get_reusable_executor(max_workers=runtime.workers).shutdown(wait=True, kill_workers=True)
+        raise
+
+
+_rebuilt: dict[str, tuple[Work, Group]] = {}
+
+
+def _block_in_worker(
+    rebuild: Rebuild, token: str, index: tuple[int, ...], threads: int, log_file: str | None
+) -> tuple[int, ...]:
+    """Compute one block in a worker process, which keeps the model and the data for the next."""
+    if token not in _rebuilt:
+        _rebuilt.clear()
+        torch.set_num_threads(threads)
+        _rebuilt[token] = rebuild()
+    work, group = _rebuilt[token]
+    with logging_to(None if log_file is None else Path(log_file)), _named_errors(work.label):
+        work.compute(work.stage.grid.block(index), group, lambda progress: None)
+    return index
+
+
+@contextmanager
+def _named_errors(label: str) -> Iterator[None]:
+    """Turn what a stage refuses into an error of the request."""
+    try:
+        yield
+    except StageError as error:
+        raise RequestError(f"{label}: {error}") from error
+    except MemoryError as error:
+        raise WorkError(f"{label}: out of memory: lower runtime.memory or runtime.workers ({error})") from error
+
+
+def _threads_each(workers: int) -> int:
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+@contextmanager
+def _threads(workers: int) -> Iterator[None]:
+    """Compute in this process with as many threads as each of several workers has, so that results are the same."""
+    before = torch.get_num_threads()
+    if workers > 1:
+        torch.set_num_threads(_threads_each(workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Bar:
+    """A progress bar over samples, moved by whole blocks and by what is reported from inside one."""
+
+    def __init__(self, work: Work, missing: list[Block], show: bool) -> None:
+        self._total = sum(block.rows for block in work.stage.grid)
+        self._done = self._total - sum(block.rows for block in missing)
+        # None: tqdm shows itself on a terminal only.
+        self._bar: Any = tqdm(
+            total=self._total, initial=self._done, desc=work.label, unit=" samples", unit_scale=True,
+            disable=None if show else True, dynamic_ncols=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def within(self, block: Block) -> Callable[[Progress], None]:
+        """Return what moves the bar from inside a block."""
+        base = self._done
+
+        def report(progress: Progress) -> None:
+            if progress.total:
+                self._bar.n = base + block.rows * min(progress.done, progress.total) // progress.total
+            self.note(progress)
+
+        return report
+
+    def note(self, progress: Progress) -> None:
+        """Show what is being done."""
+        self._bar.set_postfix_str(progress.note, refresh=False)
+        self._bar.update(0)
+
+    def finished(self, block: Block) -> None:
+        """Count a whole block."""
+        self._done += block.rows
+        self._bar.n = self._done
+        self._bar.refresh()
+
+
+@contextmanager
+def logging_to(path: Path | None) -> Iterator[None]:
+    """Write what both packages log to a file, too.
+
+    Raises:
+        RequestError: the file cannot be written.
+    """
+    if path is None:
+        yield
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"runtime.log_file: {path} cannot be written: {error}") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    loggers = [logging.getLogger("influence_pipeline"), logging.getLogger("stages")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        handler.close()
+
+
+@contextmanager
+def shared(value: Any) -> Iterator[Path]:
+    """Keep a live object in a file outside the cache while worker processes may ask for it.
+
+    Raises:
+        RequestError: it cannot be pickled.
+    """
+    with tempfile.TemporaryDirectory(prefix="influence_pipeline_") as folder:
+        path = Path(folder) / "experiment.pickle"
+        try:
+            path.write_bytes(cloudpickle.dumps(value))
+        except Exception as error:
+            raise RequestError(
+                f"the experiment cannot be sent to worker processes: {error}. Put it into a file and name it as "
+                '"file.py:function", or use runtime.workers = 1'
+            ) from error
+        yield path
+
+
+def take_shared(path: Path) -> Any:
+    """Load what :func:`shared` keeps, in a worker process."""
+    return cloudpickle.loads(path.read_bytes())

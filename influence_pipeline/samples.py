@@ -1,0 +1,300 @@
+"""A data set as the stages see it, and digests that tell whether a sample is what it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+
+from influence_pipeline.errors import CacheMismatch, RequestError, WorkError
+from influence_pipeline.task import targets_of
+from stages.batch import leaves, map_leaves, size, to_device
+from stages.stage import Array, Batch
+
+DIGEST_BYTES = 16
+
+
+def digest(sample: Any) -> bytes:
+    """Return 16 bytes that depend on a sample's structure, types, shapes and values, and on nothing else.
+
+    Raises:
+        RequestError: the sample holds something that has no stable bytes.
+    """
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    _feed(state, sample)
+    return state.digest()
+
+
+def _feed(state: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        state.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+        state.update(value.flatten().view(torch.uint8).numpy())
+    elif isinstance(value, (np.ndarray, np.generic)):
+        value = np.ascontiguousarray(value)
+        if value.dtype.hasobject:
+            _feed(state, value.tolist())
+            return
+        state.update(f"array {value.dtype.str} {value.shape};".encode())
+        state.update(value.tobytes())
+    elif value is None or isinstance(value, (bool, int, float, complex, str)):
+        state.update(f"{type(value).__name__} {value!r};".encode("utf-8", "surrogatepass"))
+    elif isinstance(value, (bytes, bytearray)):
+        state.update(f"bytes {len(value)};".encode())
+        state.update(value)
+    elif isinstance(value, (Mapping, UserDict)):
+        state.update(f"mapping {len(value)};".encode())
+        for key, entry in value.items():
+            _feed(state, key)
+            _feed(state, entry)
+    elif isinstance(value, (tuple, list)):
+        state.update(f"sequence {len(value)};".encode())
+        for entry in value:
+            _feed(state, entry)
+    elif hasattr(value, "tobytes") and hasattr(value, "mode") and hasattr(value, "size"):
+        state.update(f"image {value.mode} {value.size};".encode())
+        state.update(value.tobytes())
+    elif hasattr(value, "__dict__"):
+        _feed(state, vars(value))
+    else:
+        raise RequestError(f"a sample holds a {type(value).__name__}, of which no digest can be taken")
+
+
+class DataSet:
+    """Batches of a user's data set by ids, with a digest of every sample that was read.
+
+    Where samples are collated by PyTorch's default and all of them fit into ``keep_bytes``, they are kept as
+    tensors after :meth:`keep`, so that solvers go over them again and again at the speed of memory.
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any],
+        name: str,
+        *,
+        collate: Callable[[list[Any]], Any] | None = None,
+        device: torch.device | None = None,
+        keep_entries: tuple[str, ...] = (),
+        workers: int = 0,
+        keep_bytes: int = 0,
+    ) -> None:
+        """Wrap a map-style data set.
+
+        Raises:
+            RequestError: it is an IterableDataset, has no length, or is empty.
+        """
+        self.data, self.name = data, name
+        self._collate = collate
+        self._device = device or torch.device("cpu")
+        self._keep_entries = keep_entries
+        self._workers = workers
+        self._keep_bytes = keep_bytes
+        self._kept: Batch | None = None
+        self._length = check_dataset(data, name)
+        self._digests = np.zeros((self._length, DIGEST_BYTES), np.uint8)
+        self._known = np.zeros(self._length, bool)
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return self._length
+
+    def batch(self, ids: Sequence[int]) -> Batch:
+        """Collate some samples, on the device.
+
+        Raises:
+            WorkError: the data set raised.
+            RequestError: the batch is not made of tensors with the batch first.
+        """
+        if self._kept is not None:
+            index = torch.as_tensor(list(ids), device=self._device)
+            return map_leaves(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, self._kept)
+        return self._collated([self.sample(i) for i in ids])
+
+    def batches(self, ids: Sequence[int], size: int) -> Iterator[Batch]:
+        """Yield some samples in order, ``size`` at a time; read by worker processes where there are any."""
+        parts = [ids[start : start + size] for start in range(0, len(ids), size)]
+        if self._workers and self._kept is None:
+            loader = DataLoader(
+                _Fetch(self.data, self.name),
+                batch_size=None,
+                sampler=parts,
+                num_workers=self._workers,  # type: ignore[arg-type]
+            )
+            for part, samples in zip(parts, loader, strict=True):
+                for position, sample in zip(part, samples, strict=True):
+                    self._remember(position, sample)
+                yield self._collated(samples)
+            return
+        for part in parts:
+            yield self.batch(part)
+
+    def keep(self) -> None:
+        """Hold the whole data set as tensors from now on, where that is possible and fits ``keep_bytes``."""
+        if self._kept is not None or self._collate is not None:
+            return
+        one = self._collated([self.sample(0)])
+        sample_bytes = sum(leaf.numel() * leaf.element_size() for leaf in leaves(one) if isinstance(leaf, Tensor))
+        if self._length * sample_bytes > self._keep_bytes:
+            return
+        whole = [b for b in self.batches(range(self._length), 1024)]
+        if len({str(map_leaves(_shape, b)) for b in whole}) > 1:
+            return
+        self._kept = _concatenate(whole)
+
+    def sample(self, position: int) -> Any:
+        """Fetch one sample as the data set gives it, and take its digest.
+
+        Raises:
+            WorkError: the data set raised.
+            CacheMismatch: it gave another sample for this position before.
+        """
+        sample = fetch(self.data, self.name, position)
+        self._remember(position, sample)
+        return sample
+
+    def digests(self, ids: Sequence[int]) -> Array:
+        """Return the digests of some samples, (n, 16) uint8; those not read yet are fetched."""
+        for position in ids:
+            if not self._known[position]:
+                self.sample(position)
+        return self._digests[list(ids)]
+
+    def check_fixed(self, ids: Sequence[int]) -> None:
+        """Fetch some samples twice and refuse a data set that gives another one the second time.
+
+        Raises:
+            CacheMismatch: naming the sample.
+        """
+        for position in ids:
+            self.sample(position)
+            self.sample(position)
+
+    def _remember(self, position: int, sample: Any) -> None:
+        found = np.frombuffer(digest(sample), np.uint8)
+        if self._known[position] and not np.array_equal(self._digests[position], found):
+            raise CacheMismatch(
+                f"data set {self.name!r}: sample {position} differs when fetched twice. Influence is about fixed "
+                "samples: turn random augmentation off (use the evaluation transform), or fix its seed by sample"
+            )
+        self._digests[position], self._known[position] = found, True
+
+    def _collated(self, samples: list[Any]) -> Batch:
+        try:
+            batch = (self._collate or default_collate)([_to_dict(sample) for sample in samples])
+        except Exception as error:
+            raise RequestError(
+                f"data set {self.name!r}: its samples cannot be collated: {error}. Give the Experiment a `collate`"
+            ) from error
+        batch = _drop_others(_to_dict(batch), self._keep_entries)
+        found = size(batch)
+        if found != len(samples):
+            raise RequestError(f"data set {self.name!r}: {len(samples)} samples collate to a batch of {found}")
+        return to_device(batch, self._device)
+
+
+class _Fetch(Dataset[Any]):
+    """Lists of samples by lists of positions, for a loader's worker processes."""
+
+    def __init__(self, data: Dataset[Any], name: str) -> None:
+        self.data, self.name = data, name
+
+    def __getitem__(self, positions: Sequence[int]) -> list[Any]:
+        return [fetch(self.data, self.name, position) for position in positions]
+
+
+def fetch(data: Dataset[Any], name: str, position: int) -> Any:
+    """Return one sample.
+
+    Raises:
+        WorkError: the data set raised, with the position and what it said.
+    """
+    try:
+        return data[position]
+    except Exception as error:
+        raise WorkError(f"data set {name!r} raised at sample {position}: {type(error).__name__}: {error}") from error
+
+
+def check_dataset(data: Any, name: str) -> int:
+    """Return the length of a data set.
+
+    Raises:
+        RequestError: it cannot be read by position, has no length, or is empty.
+    """
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise RequestError(
+            f"data set {name!r} is a {type(data).__name__}: a data set with __getitem__ and __len__ is needed, "
+            "since samples are named by their positions and read again"
+        )
+    length = len(data)
+    if length == 0:
+        raise RequestError(f"data set {name!r} is empty")
+    return length
+
+
+class PerClass(Subset[Any]):
+    """The same number of samples of each class; ``indices`` are positions in the data set it was cut out of."""
+
+
+def per_class(dataset: Dataset[Any], num: int, start: int = 0) -> PerClass:
+    """Return ``num`` samples of each class, passing over the first ``start`` of each, class by class.
+
+    Args:
+        dataset: samples (inputs, label), or mappings with a label; a ``targets`` attribute is used where there is one.
+        num: samples of each class.
+        start: how many of each class to pass over first.
+
+    Returns:
+        A subset; its ``indices`` are positions in ``dataset``.
+
+    Raises:
+        RequestError: a class has fewer than ``start + num`` samples.
+    """
+    length = check_dataset(dataset, "per_class")
+    targets = getattr(dataset, "targets", None)
+    if targets is None or len(targets) != length:
+        targets = [targets_of(_to_dict(fetch(dataset, "per_class", position))) for position in range(length)]
+    positions: dict[Any, list[int]] = {}
+    for position, label in enumerate(targets):
+        positions.setdefault(label.item() if hasattr(label, "item") else label, []).append(position)
+    short = {label: len(found) for label, found in positions.items() if len(found) < start + num}
+    if short:
+        raise RequestError(
+            f"per_class = {num}, start = {start} needs {start + num} samples of each class; there are only "
+            + ", ".join(f"{count} of class {label}" for label, count in sorted(short.items()))
+        )
+    return PerClass(dataset, [i for label in sorted(positions) for i in positions[label][start : start + num]])
+
+
+def _to_dict(tree: Any) -> Any:
+    if isinstance(tree, UserDict):
+        tree = dict(tree)
+    if isinstance(tree, Mapping):
+        return {key: _to_dict(value) for key, value in tree.items()}
+    return tree
+
+
+def _drop_others(batch: Batch, keep: tuple[str, ...]) -> Batch:
+    """Drop the entries of mappings that hold no tensor, unless the task names them."""
+    if isinstance(batch, dict):
+        return {
+            key: value
+            for key, value in batch.items()
+            if key in keep or any(isinstance(leaf, Tensor) for leaf in leaves(value))
+        }
+    return batch
+
+
+def _shape(leaf: Any) -> Any:
+    return (leaf.shape[1:], leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _concatenate(batches: list[Batch]) -> Batch:
+    columns = [[leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)] for batch in batches]
+    joined = iter([torch.cat(parts) for parts in zip(*columns, strict=True)])
+    return map_leaves(lambda leaf: next(joined) if isinstance(leaf, Tensor) else leaf, batches[0])

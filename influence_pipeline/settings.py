@@ -1,0 +1,211 @@
+"""Settings: frozen, checked once where they are made, unknown keys refused; from TOML or by keyword.
+
+A setting that changes results is part of the identity of the arrays that it changes. ``[runtime]`` changes none.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from influence_pipeline.errors import RequestError
+from stages.s_test import solvers
+from stages.s_test.cg import Cg
+from stages.s_test.solver import Solver
+
+if TYPE_CHECKING:
+    AnySolver = Solver
+else:
+    AnySolver = Annotated[
+        __import__("typing").Union[tuple(solvers().values())],
+        Field(discriminator="solver"),
+        BeforeValidator(lambda given: {"solver": "cg", **given} if isinstance(given, dict) else given),
+    ]
+
+_UNITS = {"": 1, "B": 1} | {f"{p}iB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)} | {
+    f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)
+}  # fmt: skip
+
+
+def parse_bytes(value: Any) -> Any:
+    """Read a number of bytes, or a text such as "2 GiB".
+
+    Raises:
+        ValueError: the text is no amount of bytes.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
+    if not match or match[2] not in _UNITS:
+        raise ValueError(f'{value!r} is no amount of memory: write a number of bytes, or for example "2 GiB"')
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GradZSettings(_Section):
+    """``[grad_z]``.
+
+    Attributes:
+        parameters: globs over the names of trainable parameters; what matches none is an error.
+        encoding: how gradients are kept, "float16" scaled by row, or "float32".
+        store: keep the gradients; false computes them again for every test set, for users without the disk.
+    """
+
+    parameters: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
+    encoding: Literal["float32", "float16"] = "float16"
+    store: bool = True
+
+
+class InfluenceSettings(_Section):
+    """``[influence]``.
+
+    Attributes:
+        top_k: ranks kept for each test sample; the default is 500, or all where there are fewer samples.
+        store_scores: keep every score (test, sample), not the rankings alone.
+    """
+
+    top_k: Annotated[int, Field(gt=0)] = 500
+    store_scores: bool = True
+
+
+class RuntimeSettings(_Section):
+    """``[runtime]``: changes no result beyond the rounding of float32.
+
+    Attributes:
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", …
+        workers: processes that compute blocks.
+        memory: what one process may hold at once for its work, beside model and data set.
+        device_batch: samples on the device at once, for gradients and for curvature products.
+        progress: show progress bars.
+        log_file: a file that gets a line for everything that happens.
+    """
+
+    device: str = "auto"
+    workers: Annotated[int, Field(gt=0)] = 1
+    memory: Bytes = 2 * 2**30
+    device_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    progress: bool = True
+    log_file: Path | None = None
+
+
+class TestSelection(_Section):
+    """``[tests.NAME]``: a further test set, cut out of one that the experiment has.
+
+    Attributes:
+        of: the experiment's test set; may be left out where there is only one.
+        per_class: samples of each class.
+        start: how many of each class to pass over first.
+    """
+
+    __test__ = False
+
+    of: str | None = None
+    per_class: Annotated[int, Field(gt=0)]
+    start: Annotated[int, Field(ge=0)] = 0
+
+
+class Settings(_Section):
+    """All settings of a pipeline.
+
+    Attributes:
+        experiment: "file.py:function"; a file is looked for beside the settings file.
+        cache: the folder of the cache, beside the settings file where it is relative.
+        tests: further test sets by name.
+        grad_z: see :class:`GradZSettings`.
+        s_test: the solver's settings, chosen by ``solver``.
+        influence: see :class:`InfluenceSettings`.
+        runtime: see :class:`RuntimeSettings`.
+    """
+
+    experiment: str | None = None
+    cache: Path | None = None
+    tests: dict[str, TestSelection] = {}
+    grad_z: GradZSettings = GradZSettings()
+    s_test: AnySolver = Cg()
+    influence: InfluenceSettings = InfluenceSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+
+    @model_validator(mode="after")
+    def _names(self) -> Settings:
+        for name in self.tests:
+            check_name(name, "tests")
+        return self
+
+    def __init__(self, **values: Any) -> None:
+        """Check the settings.
+
+        Raises:
+            RequestError: some setting is unknown or out of its range; all such are listed.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise RequestError(_explain(error, "settings")) from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Settings:
+        """Read settings from a TOML file; relative paths in it are relative to its folder.
+
+        Raises:
+            RequestError: the file is missing, is no TOML, or has a setting that is unknown or out of its range.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RequestError(f"{path}: no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path}: cannot be read: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise RequestError(f"{path}: not valid TOML: {error}") from None
+        try:
+            settings = cls.model_validate(values)
+        except RequestError as error:
+            raise RequestError(f"{path}: {error}") from None
+        except ValidationError as error:
+            raise RequestError(_explain(error, str(path))) from None
+        return settings.relative_to(path.parent)
+
+    def relative_to(self, folder: Path) -> Settings:
+        """Return these settings with relative paths made relative to a folder."""
+        changed: dict[str, Any] = {}
+        if self.cache is not None:
+            changed["cache"] = folder / self.cache
+        if self.experiment is not None and self.experiment.partition(":")[0].endswith(".py"):
+            changed["experiment"] = str(folder / self.experiment)
+        if self.runtime.log_file is not None:
+            changed["runtime"] = self.runtime.model_copy(update={"log_file": folder / self.runtime.log_file})
+        return self.model_copy(update=changed)
+
+
+def check_name(name: str, where: str) -> str:
+    """Refuse a name that cannot be part of a folder's name.
+
+    Raises:
+        RequestError: the name has other characters than letters, digits, "_", "-" and ".".
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
+        raise RequestError(f"{where}: {name!r} must be made of letters, digits, '_', '-' and '.', at most 64 of them")
+    return name
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"] if part not in solvers())
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown setting"
+        found = "" if problem["type"] in ("missing", "extra_forbidden") else f" (found {problem['input']!r})"
+        lines.append(f"  {place or 'settings'}: {message}{found}")
+    return f"{where}: {len(lines)} setting{'s' * (len(lines) > 1)} wrong\n" + "\n".join(lines)

@@ -1,0 +1,203 @@
+"""Tasks: what a model is trained on, in two steps, so that curvature can see the outputs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from influence_pipeline.errors import RequestError
+
+LABEL_KEYS = ("labels", "label", "targets", "target")
+"""Where a batch that is a mapping has its targets."""
+
+
+def targets_of(batch: Any) -> Any:
+    """Return the targets of a batch: its second entry, or the first of ``LABEL_KEYS`` that a mapping has.
+
+    Raises:
+        RequestError: there are none.
+    """
+    if isinstance(batch, Mapping):
+        for key in LABEL_KEYS:
+            if key in batch:
+                return batch[key]
+        raise RequestError(f"a batch has none of the keys {LABEL_KEYS}; it has {tuple(batch)}. Write a Task of its own")
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise RequestError(
+            "a batch is expected to be (inputs, targets) or a mapping with labels: write a Task of its own"
+        )
+    return batch[1]
+
+
+class Task:
+    """What is learnt and what influence is asked about. Override ``losses`` at least.
+
+    A task is identified by the classes that define its methods, its public attributes and ``version``; raise
+    ``version`` when you change what a method computes. Attributes whose name starts with ``measurement`` belong
+    to the measurement alone, so that changing them keeps the training gradients.
+
+    Attributes:
+        l2: weight w of a penalty (w/2)·|θ|² beside the mean training loss, or one for each parameter glob. It
+            enters the Hessian, not the gradients of single samples.
+        higher_is_better: the measurement is a margin, not a loss: helpful samples are those without which it falls.
+        version: of the code of this task.
+        keep: entries of a mapping batch that are no tensors and that the task wants (the others are dropped).
+    """
+
+    l2: float | dict[str, float] = 0.0
+    higher_is_better: bool = False
+    version: int = 1
+    keep: tuple[str, ...] = ()
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return what the loss is a function of, (B, …).
+
+        By default ``model(batch[0])``. For a mapping, ``model(**rest)`` with the entries that are no labels, and
+        ``.logits`` of the result where it has that.
+        """
+        if isinstance(batch, Mapping):
+            result = model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
+            return getattr(result, "logits", result)
+        outputs: Tensor = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        return outputs
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the training loss of each sample, (B,)."""
+        raise NotImplementedError(f"{type(self).__name__}.losses(outputs, batch) -> (B,)")
+
+    def measurements(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return what influence is asked about, for each sample, (B,); by default the loss."""
+        return self.losses(outputs, batch)
+
+    def labels(self, batch: Any) -> Tensor | None:
+        """Return each sample's label as a number, (B,), to be shown with results; None where there is none."""
+        try:
+            targets = targets_of(batch)
+        except RequestError:
+            return None
+        if not isinstance(targets, Tensor):
+            return None
+        return targets.reshape(-1) if targets.numel() == len(targets) else None
+
+    @staticmethod
+    def from_loss(loss: Callable[[Tensor, Tensor], Tensor], *, name: str, l2: float | dict[str, float] = 0.0) -> Task:
+        """Make a task of a plain ``loss(outputs, targets) -> (B,)``.
+
+        Args:
+            loss: the training loss of each sample.
+            name: what the task is identified by; choose another one when the loss changes.
+            l2: see :class:`Task`.
+        """
+        return _FromLoss(loss, name, l2)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the training losses depend on: not ``l2``, not the measurement."""
+        return {
+            "outputs": _defined_by(self, "outputs"),
+            "losses": _defined_by(self, "losses"),
+            "version": self.version,
+            **_attributes(self, lambda name: not name.startswith("measurement")),
+        }
+
+    def measurement_identity(self) -> dict[str, Any]:
+        """Return what the measurement depends on beyond :meth:`identity`."""
+        measured = _defined_by(self, "measurements")
+        return {
+            "measurements": "losses" if measured == _defined_by(Task(), "measurements") else measured,
+            **_attributes(self, lambda name: name.startswith("measurement")),
+        }
+
+
+class Classification(Task):
+    """Cross-entropy of logits (B, classes, …); over further dimensions the mean for each sample is taken."""
+
+    def __init__(self, l2: float | dict[str, float] = 0.0) -> None:
+        """Set the weight of the quadratic penalty."""
+        self.l2 = l2
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the cross-entropy of each sample, (B,)."""
+        losses = functional.cross_entropy(outputs, targets_of(batch), reduction="none")
+        return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+
+
+class Regression(Task):
+    """Squared error, summed over the outputs of each sample; outputs and targets have equally many entries."""
+
+    def __init__(self, l2: float | dict[str, float] = 0.0) -> None:
+        """Set the weight of the quadratic penalty."""
+        self.l2 = l2
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the squared error of each sample, (B,).
+
+        Raises:
+            RequestError: outputs and targets differ in size.
+        """
+        targets = targets_of(batch)
+        if outputs.numel() != targets.numel():
+            raise RequestError(
+                f"Regression: outputs have shape {tuple(outputs.shape)} and targets {tuple(targets.shape)}: "
+                "they must have equally many entries for each sample"
+            )
+        squares = (outputs - targets.reshape(outputs.shape)).square()
+        return squares.flatten(1).sum(1) if squares.ndim > 1 else squares
+
+
+class _FromLoss(Task):
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], name: str, l2: float | dict[str, float]) -> None:
+        self._loss = loss
+        self.name = name
+        self.l2 = l2
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        return self._loss(outputs, targets_of(batch))
+
+
+def _defined_by(task: Task, method: str) -> str:
+    """Name the class that defines a method; a file's experiment has the same name however it is loaded."""
+    for kind in type(task).__mro__:
+        if method in vars(kind):
+            return kind.__qualname__
+    raise AttributeError(method)
+
+
+def _attributes(task: Task, wanted: Callable[[str], bool]) -> dict[str, Any]:
+    ours = {"l2", "version", "higher_is_better"}
+    names = {name for name in vars(task) if not name.startswith("_")}
+    for kind in type(task).__mro__[:-2]:
+        names |= {
+            name
+            for name, value in vars(kind).items()
+            if not name.startswith("_") and not callable(value) and not isinstance(value, (staticmethod, property))
+        }
+    return {name: plain(getattr(task, name)) for name in sorted(names - ours) if wanted(name)}
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it, the same one in every process."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(entry) for entry in value)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        digest = hashlib.sha256(value.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        return f"tensor {tuple(value.shape)} {value.dtype} {digest[:16]}"
+    if hasattr(value, "tobytes"):
+        return f"array {value.shape} {value.dtype} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    raise RequestError(
+        f"a task's public attribute of type {type(value).__name__} cannot be part of its identity: "
+        "start its name with an underscore, and tell variants apart by `version`"
+    )

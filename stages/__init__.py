@@ -1,0 +1,15 @@
+"""The mathematics of influence functions: tensors in, tensors out.
+
+Nothing here knows of files, processes or progress bars. The stages, and what each one reads::
+
+    model, training set ──────────────► grad_z       G (N, D)    one gradient for each training sample
+            │                              │
+            ├────► curvature               │         what a solver prepares once: eigenvalues, dense H, …
+            │          │                   │
+            ├──────────┴──► s_test         │         S (T, D)    (H + λI)⁻¹ ∇M of each test sample
+    test set                   │           │
+                               └───────────┴──► influence        scores (T, N) = S Gᵀ / N, rankings, averages
+
+``scores[t, i]`` predicts the measurement of test sample t after training without sample i, minus what it is now:
+positive means that it would rise. For a loss, positive is helpful and negative is harmful.
+"""

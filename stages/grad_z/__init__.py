@@ -1,0 +1,179 @@
+"""``grad_z``: the gradient of every training sample's loss (N, D).
+
+What a coordinate is, is known here alone: today each of the D coordinates is one selected parameter's entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.batch import size
+from stages.grad_z.choose import check_neighbours, choose
+from stages.grad_z.technique import Technique, Values
+from stages.parameters import ModelFunction
+from stages.stage import (
+    Array,
+    ArraySpec,
+    Axis,
+    Batch,
+    Block,
+    Grid,
+    Progress,
+    Report,
+    Samples,
+    Stage,
+    StageError,
+    silent,
+)
+
+PROBES = 8
+"""Samples on which techniques and neighbours are compared before the first block."""
+
+
+@dataclass
+class PerSample:
+    """Per-sample gradients of a loss or a measurement over a data set.
+
+    Attributes:
+        function: the model.
+        values: what is differentiated, ``function.losses`` or ``function.measurements``.
+        samples: the data set.
+        batch_size: samples on the device at once.
+    """
+
+    function: ModelFunction
+    values: Values
+    samples: Samples
+    batch_size: int
+    _technique: Technique | None = None
+
+    def check(self) -> None:
+        """Refuse what has no per-sample gradients, and choose how they are computed.
+
+        Raises:
+            StageError: samples influence one another, or every gradient is zero.
+        """
+        count = len(self.samples)
+        ids = sorted({round(i * (count - 1) / max(1, PROBES - 1)) for i in range(PROBES)})
+        batch = self.samples.batch(ids)
+        check_neighbours(self.function, self.values, batch)
+        self._technique = choose(self.function, self.values, batch)
+        grads, _ = self._technique(self.function, self.values, batch)
+        if not grads.any():
+            many = self.samples.batch(range(min(count, 64)))
+            if not self._technique(self.function, self.values, many)[0].any():
+                raise StageError(
+                    f"every gradient is zero for all of {', '.join(self.function.params)} "
+                    f"(looked at samples {ids} and the first {size(many)}): "
+                    "the loss does not depend on these parameters, or the model is dead there"
+                )
+
+    def rows(self, ids: Sequence[int]) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Yield, a batch at a time, the batch, its gradients (B, D) and its values (B,).
+
+        Raises:
+            StageError: a gradient or a value is not finite; the message names the samples.
+        """
+        if self._technique is None:
+            self.check()
+        assert self._technique is not None
+        start = 0
+        for batch in self.samples.batches(ids, self.batch_size):
+            grads, values = self._technique(self.function, self.values, batch)
+            good = torch.isfinite(grads).all(dim=1) & torch.isfinite(values)
+            if not good.all():
+                bad = [ids[start + int(i)] for i in torch.nonzero(~good).flatten()]
+                raise StageError(
+                    f"the gradient is NaN or infinite for sample{'s' * (len(bad) > 1)} "
+                    f"{', '.join(map(str, bad[:10]))}{', …' * (len(bad) > 10)}: look at their inputs and losses "
+                    "(a log of zero, a division, an overflow), or leave them out of the data set"
+                )
+            yield batch, grads, values
+            start += len(grads)
+
+
+class GradZ(Stage):
+    """Training gradients: ``gradients`` (sample, coordinate), with each one's norm, loss and label."""
+
+    name = "grad_z"
+
+    def __init__(
+        self, function: ModelFunction, samples: Samples, block_rows: int, encoding: str, batch_size: int
+    ) -> None:
+        """Lay out the gradients of ``samples`` in blocks of ``block_rows``."""
+        self.per_sample = PerSample(function, function.losses, samples, batch_size)
+        count, coordinates = len(samples), function.size
+        self.grid = Grid((Axis("sample", count, block_rows),))
+        self.arrays = (
+            ArraySpec(
+                "gradients",
+                ("sample", "coordinate"),
+                (count, coordinates),
+                encoding=encoding,
+                about="gradient of each training sample's loss",
+            ),
+            ArraySpec("norm", ("sample",), (count,), about="Euclidean norm of each gradient"),
+            ArraySpec("loss", ("sample",), (count,), about="training loss of each sample"),
+            ArraySpec("label", ("sample",), (count,), "float64", about="label of each sample, NaN where it has none"),
+        )
+
+    def prepare(self, report: Report = silent) -> None:
+        """Check model and data, and choose the technique."""
+        self.per_sample.check()
+
+    def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
+        """Compute the gradients of one band of samples."""
+        ids = block.ids("sample")
+        grads = np.empty((len(ids), self.per_sample.function.size), np.float32)
+        norm, loss = np.empty(len(ids), np.float32), np.empty(len(ids), np.float32)
+        label = np.empty(len(ids), np.float64)
+        start = 0
+        for batch, rows, values in self.per_sample.rows(ids):
+            part = slice(start, start + len(rows))
+            grads[part] = rows.to("cpu", torch.float32).numpy()
+            norm[part] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
+            loss[part] = values.cpu().numpy()
+            label[part] = labels(self.per_sample.function, batch, len(rows))
+            start = part.stop
+            report(Progress(start, len(ids), "gradients"))
+        return {"gradients": grads, "norm": norm, "loss": loss, "label": label}
+
+
+def labels(function: ModelFunction, batch: Batch, count: int) -> Array:
+    """Return each sample's label as float64, (B,), NaN where the task has no number for it."""
+    found = function.task.labels(batch)
+    if found is None or found.shape != (count,):
+        return np.full(count, np.nan)
+    return found.detach().to("cpu", torch.float64).numpy()
+
+
+class ComputedRows:
+    """Gradients as an array that is computed as it is read: the uncached way.
+
+    ``rows(block)`` gives one block's decoded gradients; the last block is remembered, so that a reader that
+    goes over its columns in tiles computes it once.
+    """
+
+    def __init__(self, stage: GradZ, rows: Callable[[Block], Array]) -> None:
+        """Read the rows of ``stage`` through ``rows``."""
+        self.shape = stage.arrays[0].shape
+        self._axis = stage.grid.axes[0]
+        self._grid = stage.grid
+        self._rows = rows
+        self._last: tuple[int, Array] | None = None
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Array:
+        """Return rows and columns; the rows must lie within one block."""
+        rows, columns = index
+        position = rows.start // self._axis.band
+        bounds = self._axis.bounds(position)
+        assert rows.stop <= bounds.stop, "rows of several blocks asked for at once"
+        if self._last is None or self._last[0] != position:
+            self._last = None
+            self._last = position, self._rows(self._grid.block((position,)))
+        return self._last[1][rows.start - bounds.start : rows.stop - bounds.start, columns]

@@ -1,0 +1,79 @@
+"""Which way per-sample gradients are computed: the fast one where it is right, the plain one elsewhere."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from stages.batch import only_tensors, size, take
+from stages.grad_z import loop, vmap
+from stages.grad_z.technique import Technique, Values
+from stages.parameters import ModelFunction
+from stages.stage import Batch, StageError
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Largest relative difference between two right ways of computing the same gradient; other dtypes 5 %."""
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference over the largest magnitude; infinite where either is not finite."""
+    if not (torch.isfinite(found).all() and torch.isfinite(expected).all()):
+        return 0.0 if torch.equal(found.nan_to_num(), expected.nan_to_num()) else float("inf")
+    largest = max(float(expected.abs().max()), float(found.abs().max()))
+    return float((found - expected).abs().max()) / largest if largest else 0.0
+
+
+def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> None:
+    """Refuse a model whose samples influence one another: compare a batch with its samples one at a time.
+
+    Raises:
+        StageError: some sample's value depends on what else is in its batch.
+    """
+    with torch.no_grad():
+        together = values(function.params, batch)
+        alone = torch.cat([values(function.params, take(batch, index)) for index in range(size(batch))])
+    if together.shape != alone.shape:
+        raise StageError(
+            f"a batch of {size(batch)} samples has {len(together)} losses, its samples one at a time {len(alone)}"
+        )
+    difference = relative_difference(together, alone)
+    if difference > TOLERANCE.get(function.dtype, 0.05):
+        raise StageError(
+            f"in eval() mode a sample's loss differs by {difference:.2g} (relative) with the samples around it, "
+            "so it has no gradient of its own. Usual causes: BatchNorm without running statistics "
+            "(track_running_stats=False), a loss that averages over the batch, attention across samples, "
+            "dropout that ignores eval()."
+        )
+
+
+def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
+    """Return ``vmap`` where it gives what the one-sample loop gives on this batch, otherwise the loop.
+
+    Args:
+        function: the model.
+        values: what is differentiated.
+        batch: a few samples; both ways are computed on all of them.
+
+    Returns:
+        The technique to use for every batch.
+    """
+    expected, _ = loop.gradients(function, values, batch)
+    if not only_tensors(batch):
+        log.info("gradients one sample at a time: the batch holds more than tensors")
+        return loop.gradients
+    try:
+        found, _ = vmap.gradients(function, values, batch)
+    except StageError:
+        raise
+    except Exception as error:  # noqa: BLE001 - vmap's refusals have many types; the loop is always right
+        log.info("gradients one sample at a time: vmap cannot follow this model (%s)", str(error).split("\n")[0])
+        return loop.gradients
+    difference = relative_difference(found, expected)
+    if difference > TOLERANCE.get(function.dtype, 0.05):
+        log.warning("gradients one sample at a time: vmap differs from the loop by %.2g", difference)
+        return loop.gradients
+    return vmap.gradients

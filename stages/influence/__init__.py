@@ -1,0 +1,178 @@
+"""``influence``: scores (T, N) = S Gᵀ / N, and the rankings that come of them.
+
+Shapes: ``T`` test samples, ``N`` training samples, ``D`` coordinates, ``k`` ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+
+from stages.influence.ranking import bottom_k, top_k
+from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Stage, StageError, silent
+
+
+class Influence(Stage):
+    """Streams both matrices tile by tile; neither S, nor G, nor the scores are ever held whole.
+
+    A block is a band of test samples times a band of training samples. It keeps its own k best and worst
+    candidates for each test sample and its sums over both axes; ``finish`` merges these.
+    """
+
+    name = "influence"
+
+    def __init__(
+        self,
+        vectors: ArrayLike,
+        gradients: ArrayLike,
+        train_ids: Array,
+        test_ids: Array,
+        *,
+        bands: tuple[int, int],
+        read_rows: int,
+        read_columns: int,
+        rows_first: bool,
+        top_k: int,
+        store_scores: bool,
+    ) -> None:
+        """Lay out the scores of ``vectors`` (T, D) and ``gradients`` (N, D).
+
+        Args:
+            vectors: S.
+            gradients: G.
+            train_ids: (N,) int64, what rankings name samples by.
+            test_ids: (T,) int64.
+            bands: test and training samples of one block.
+            read_rows: rows of G read at once.
+            read_columns: columns of S and G read at once.
+            rows_first: go over all columns of some rows before the next rows (for a G computed as it is read),
+                not over all rows of some columns (so that S is read once).
+            top_k: k, at most N.
+            store_scores: keep the (T, N) scores, not just the rankings.
+        """
+        self.vectors, self.gradients = vectors, gradients
+        self.train_ids, self.test_ids = train_ids, test_ids
+        self.read_rows, self.read_columns, self.rows_first = read_rows, read_columns, rows_first
+        self.top_k = top_k
+        tests, count = vectors.shape[0], gradients.shape[0]
+        self.grid = Grid((Axis("test", tests, bands[0]), Axis("sample", count, bands[1])))
+        parts = self.grid.shape
+        candidates = ("sample_block", "test", "rank"), (parts[1], tests, top_k)
+        scores = ArraySpec(
+            "scores", ("test", "sample"), (tests, count), about="predicted change of the measurement without the sample"
+        )
+        self.arrays = (
+            *((scores,) if store_scores else ()),
+            ArraySpec("part_helpful_ids", *candidates, "int64", about="best of each training band"),
+            ArraySpec("part_helpful_scores", *candidates, about="scores of part_helpful_ids"),
+            ArraySpec("part_harmful_ids", *candidates, "int64", about="worst of each training band"),
+            ArraySpec("part_harmful_scores", *candidates, about="scores of part_harmful_ids"),
+            ArraySpec("part_sum", ("test_block", "sample"), (parts[0], count), "float64", about="sums over test bands"),
+            ArraySpec("part_total", ("sample_block", "test"), (parts[1], tests), "float64", about="over train bands"),
+        )
+        ranks = ("test", "rank"), (tests, top_k)
+        mean_ranks = ("rank",), (top_k,)
+        self.merged = (
+            ArraySpec("helpful_ids", *ranks, "int64", about="training ids, most helpful first"),
+            ArraySpec("helpful_scores", *ranks, about="scores of helpful_ids"),
+            ArraySpec("harmful_ids", *ranks, "int64", about="training ids, most harmful first"),
+            ArraySpec("harmful_scores", *ranks, about="scores of harmful_ids"),
+            ArraySpec("offset", ("test",), (tests,), "float64", about="to add for retraining on a mean over N - 1"),
+            ArraySpec("mean_scores", ("sample",), (count,), about="scores averaged over the tests"),
+            ArraySpec("mean_helpful_ids", *mean_ranks, "int64", about="training ids by mean score, largest first"),
+            ArraySpec("mean_harmful_ids", *mean_ranks, "int64", about="training ids by mean score, smallest first"),
+            ArraySpec("train_ids", ("sample",), (count,), "int64", about="id of each training sample"),
+            ArraySpec("test_ids", ("test",), (tests,), "int64", about="id of each test sample"),
+        )
+
+    def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
+        """Compute one cell's scores, candidates and sums.
+
+        Raises:
+            StageError: a score is not finite.
+        """
+        scores = self._scores(block, report)
+        if not np.isfinite(scores).all():
+            test, sample = np.argwhere(~np.isfinite(scores))[0]
+            raise StageError(
+                f"the score of test {block.ids('test')[test]} and training sample {block.ids('sample')[sample]} "
+                f"is {scores[test, sample]}: a cached vector is damaged or beyond float32"
+            )
+        ids = self.train_ids[block.bounds["sample"]]
+        helpful_ids, helpful = top_k(scores, ids, self.top_k)
+        harmful_ids, harmful = bottom_k(scores, ids, self.top_k)
+        found = {
+            "part_helpful_ids": helpful_ids[None],
+            "part_helpful_scores": helpful[None],
+            "part_harmful_ids": harmful_ids[None],
+            "part_harmful_scores": harmful[None],
+            "part_sum": scores.sum(axis=0, dtype=np.float64)[None],
+            "part_total": scores.sum(axis=1, dtype=np.float64)[None],
+        }
+        if any(spec.name == "scores" for spec in self.arrays):
+            found["scores"] = scores
+        return found
+
+    def _scores(self, block: Block, report: Report) -> Array:
+        """Return S Gᵀ / N over one block, (tests, samples), float32."""
+        tests, samples = block.bounds["test"], block.bounds["sample"]
+        total = torch.zeros(tests.stop - tests.start, samples.stop - samples.start)
+        vectors_TD, known = torch.empty(0), None
+        reads = list(self._reads(samples))
+        for number, (rows, columns) in enumerate(reads, 1):
+            if columns != known:
+                vectors_TD, known = torch.from_numpy(np.asarray(self.vectors[tests, columns])), columns
+            gradients_ND = torch.from_numpy(np.asarray(self.gradients[rows, columns]))
+            total[:, rows.start - samples.start : rows.stop - samples.start] += vectors_TD @ gradients_ND.T
+            report(Progress(number, len(reads), "scores"))
+        scores: Array = (total / self.gradients.shape[0]).numpy()
+        return scores
+
+    def _reads(self, samples: slice) -> Iterator[tuple[slice, slice]]:
+        """Yield every tile of G over a band of samples once."""
+        rows = [
+            slice(start, min(start + self.read_rows, samples.stop))
+            for start in range(samples.start, samples.stop, self.read_rows)
+        ]
+        dim = self.gradients.shape[1]
+        columns = [slice(start, min(start + self.read_columns, dim)) for start in range(0, dim, self.read_columns)]
+        if self.rows_first:
+            return ((r, c) for r in rows for c in columns)
+        return ((r, c) for c in columns for r in rows)
+
+    def finish(self, arrays: Mapping[str, ArrayLike], report: Report = silent) -> dict[str, Array]:
+        """Merge candidates and sums over all blocks."""
+        tests, count = len(self.test_ids), len(self.train_ids)
+        found: dict[str, list[Array]] = {name: [] for name in _RANKINGS}
+        parts = self.grid.shape[1]
+        step = max(1, 2**24 // (parts * self.top_k * 12))
+        for start in range(0, tests, step):
+            rows = slice(start, min(start + step, tests))
+            for side, pick in (("helpful", top_k), ("harmful", bottom_k)):
+                ids = np.concatenate(list(np.asarray(arrays[f"part_{side}_ids"][:, rows])), axis=1)
+                scores = np.concatenate(list(np.asarray(arrays[f"part_{side}_scores"][:, rows])), axis=1)
+                best_ids, best = pick(scores, ids, self.top_k)
+                found[f"{side}_ids"].append(best_ids)
+                found[f"{side}_scores"].append(best)
+            report(Progress(rows.stop, tests, "rankings"))
+        total = np.zeros(count)
+        for part in range(self.grid.shape[0]):
+            total += arrays["part_sum"][part]
+        mean = (total / tests).astype(np.float32)
+        offset = np.zeros(tests)
+        for part in range(parts):
+            offset -= arrays["part_total"][part]
+        return {
+            **{name: np.concatenate(values) for name, values in found.items()},
+            "offset": offset / count,
+            "mean_scores": mean,
+            "mean_helpful_ids": top_k(mean[None], self.train_ids, self.top_k)[0][0],
+            "mean_harmful_ids": bottom_k(mean[None], self.train_ids, self.top_k)[0][0],
+            "train_ids": self.train_ids,
+            "test_ids": self.test_ids,
+        }
+
+
+_RANKINGS = ("helpful_ids", "helpful_scores", "harmful_ids", "harmful_scores")

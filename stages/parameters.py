@@ -1,0 +1,176 @@
+"""Parameters: select them, flatten and unflatten them, and the model as a function of them.
+
+Shapes: ``D`` coordinates (all selected parameters, one after the other), ``B`` samples in a batch.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from stages.batch import to_device
+from stages.stage import Batch, StageError
+
+Parameters = dict[str, Tensor]
+
+
+class TaskLike(Protocol):
+    """What is learnt, in two steps, so that curvature can see the outputs."""
+
+    l2: float | dict[str, float]
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return what the loss is a function of, (B, …)."""
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the training loss of each sample, (B,)."""
+
+    def measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return what influence is asked about, for each sample, (B,)."""
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        """Return each sample's label as a number, (B,), or None where there is none."""
+
+
+def select(model: nn.Module, globs: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters whose names match any glob, in the model's order; tied ones once.
+
+    Raises:
+        StageError: a glob matches no parameter, or nothing is left that requires a gradient.
+    """
+    named = dict(model.named_parameters())
+    for glob in globs:
+        if not fnmatch.filter(named, glob):
+            raise StageError(f"parameters: {glob!r} matches no parameter of the model; it has {', '.join(named)}")
+    chosen = {
+        name: parameter
+        for name, parameter in named.items()
+        if parameter.requires_grad and any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+    }
+    if not chosen:
+        raise StageError(f"parameters: none of {', '.join(named)} is matched by {list(globs)} and requires a gradient")
+    return chosen
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into ``eval()`` mode, and back into the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class _Outputs(nn.Module):
+    """A model with its task, so that ``functional_call`` reaches whatever the task does with the model."""
+
+    def __init__(self, model: nn.Module, task: TaskLike) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+
+    def forward(self, batch: Batch) -> Tensor:
+        outputs = self.task.outputs(self.model, batch)
+        if not isinstance(outputs, Tensor):
+            raise StageError(
+                f"Task.outputs must return a tensor, got {type(outputs).__name__}: write a Task whose "
+                "`outputs(model, batch)` picks the tensor that the loss is computed from"
+            )
+        return outputs
+
+
+class ModelFunction:
+    """A model's losses as a function of its selected parameters.
+
+    The model itself is never changed: values are copied to the device where needed, and every call gets
+    its own copy of the buffers. Run it inside :func:`evaluating`.
+
+    Attributes:
+        params: the selected parameters by name, detached, on the device.
+        size: D, the number of selected parameters' entries.
+    """
+
+    def __init__(self, model: nn.Module, task: TaskLike, globs: Sequence[str], device: torch.device) -> None:
+        """Select the parameters that match ``globs``; everything else of the model stays constant."""
+        chosen = select(model, globs)
+        self.device = device
+        self.task = task
+        self.params: Parameters = {name: p.detach().to(device) for name, p in chosen.items()}
+        self.size = sum(p.numel() for p in self.params.values())
+        self.dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.params.values()))
+        self._module = _Outputs(model, task)
+        self._constant = {n: p.detach().to(device) for n, p in model.named_parameters() if n not in chosen}
+        self._buffers = {name: b.detach().to(device) for name, b in model.named_buffers()}
+
+    def outputs(self, params: Parameters, batch: Batch) -> Tensor:
+        """Return the outputs, (B, …)."""
+        values = {**self._constant, **params, **{name: b.clone() for name, b in self._buffers.items()}}
+        result: Tensor = functional_call(self._module, {f"model.{n}": v for n, v in values.items()}, (batch,))
+        return result
+
+    def losses(self, params: Parameters, batch: Batch) -> Tensor:
+        """Return the training loss of each sample, (B,)."""
+        return self._each(self.task.losses(self.outputs(params, batch), batch), "losses")
+
+    def measurements(self, params: Parameters, batch: Batch) -> Tensor:
+        """Return the measurement of each sample, (B,)."""
+        return self._each(self.task.measurements(self.outputs(params, batch), batch), "measurements")
+
+    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate one tensor for each parameter; leading dimensions before the parameters' own stay."""
+        parts = []
+        for name, parameter in self.params.items():
+            lead = values[name].shape[: values[name].ndim - parameter.ndim]
+            parts.append(values[name].reshape(*lead, parameter.numel()).to(self.dtype))
+        return torch.cat(parts, dim=-1)
+
+    def unflatten(self, vectors: Tensor) -> Parameters:
+        """Cut vectors (…, D) into one tensor for each parameter, (…, *its shape), of its dtype."""
+        pieces = torch.split(vectors, [p.numel() for p in self.params.values()], dim=-1)
+        return {
+            name: piece.reshape(*vectors.shape[:-1], *parameter.shape).to(parameter.dtype)
+            for piece, (name, parameter) in zip(pieces, self.params.items(), strict=True)
+        }
+
+    def l2(self) -> Tensor:
+        """Return the weight of the quadratic penalty on each coordinate, (D,).
+
+        Raises:
+            StageError: a glob of the task's ``l2`` matches no parameter of the model.
+        """
+        weights = self.task.l2
+        if not isinstance(weights, Mapping):
+            weights = {"*": weights}
+        everything = [*self.params, *self._constant]
+        for glob in weights:
+            if not fnmatch.filter(everything, glob):
+                raise StageError(f"l2: {glob!r} matches no parameter of the model; it has {', '.join(everything)}")
+        found = {}
+        for name, parameter in self.params.items():
+            value = next((w for glob, w in weights.items() if fnmatch.fnmatchcase(name, glob)), 0.0)
+            found[name] = torch.full_like(parameter, value)
+        return self.flatten(found)
+
+    def to_device(self, batch: Batch) -> Batch:
+        """Move a batch to where the model is computed."""
+        return to_device(batch, self.device)
+
+    @staticmethod
+    def _each(values: Any, what: str) -> Tensor:
+        if not isinstance(values, Tensor) or values.ndim != 1:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise StageError(
+                f"Task.{what} must return one number for each sample, shape (B,), got {shape}: "
+                'compute it with reduction="none" and average over everything but the batch'
+            )
+        return values

@@ -1,0 +1,93 @@
+"""``s_test``: inverse-Hessian-vector products S (T, D), row t = (H + λI)⁻¹ ∇M(z_t).
+
+Each solver is one file of this folder with one subclass of :class:`~stages.s_test.solver.Solver`; a new file is
+found by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+import numpy as np
+import torch
+
+from stages.curvature import Curvature
+from stages.grad_z import PerSample, labels
+from stages.s_test.solver import Prepared, Solve, Solver
+from stages.stage import Array, ArraySpec, Axis, Block, Grid, Report, Samples, Stage, silent
+
+
+def solvers() -> dict[str, type[Solver]]:
+    """Return the settings class of every solver, by the solver's name."""
+    found: dict[str, type[Solver]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        for _, kind in inspect.getmembers(importlib.import_module(f"{__name__}.{module.name}"), inspect.isclass):
+            default = kind.model_fields["solver"].default if issubclass(kind, Solver) else None
+            if isinstance(default, str):
+                found[default] = kind
+    return found
+
+
+class STest(Stage):
+    """Solutions for one test set: ``vectors`` (test, coordinate), with their evidence."""
+
+    name = "s_test"
+
+    def __init__(
+        self,
+        solver: Solver,
+        curvature: Curvature,
+        prepared: Prepared,
+        samples: Samples,
+        block_rows: int,
+        batch_size: int,
+        memory_bytes: int,
+    ) -> None:
+        """Lay out the solutions for ``samples`` in blocks of ``block_rows``.
+
+        Raises:
+            StageError: the problem does not fit the solver or the memory.
+        """
+        function = curvature.function
+        solver.check_size(function.size, memory_bytes)
+        self.solver, self.curvature, self.prepared = solver, curvature, prepared
+        self.per_sample = PerSample(function, function.measurements, samples, batch_size)
+        self.rows_at_once = max(1, memory_bytes // (solver.state_vectors * function.size * function.dtype.itemsize))
+        self._solve: Solve | None = None
+        count = len(samples)
+        self.grid = Grid((Axis("test", count, block_rows),))
+        per_test = ("test",), (count,)
+        self.arrays = (
+            ArraySpec("vectors", ("test", "coordinate"), (count, function.size), about="(H + λI)⁻¹ ∇M of each sample"),
+            ArraySpec("residual", *per_test, "float64", about="|v − (H + λI) x| / |v|"),
+            ArraySpec("iterations", *per_test, "int64", about="products with the curvature, 0 for direct solvers"),
+            ArraySpec("measurement", *per_test, about="what influence is asked about, at each test sample"),
+            ArraySpec("label", *per_test, "float64", about="label of each test sample, NaN where it has none"),
+            ArraySpec("damping", *per_test, "float64", about="λ, absolute"),
+        )
+
+    def prepare(self, report: Report = silent) -> None:
+        """Check model and test data."""
+        self.per_sample.check()
+
+    def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
+        """Solve for one band of test samples."""
+        if self._solve is None:
+            self._solve = self.solver.start(self.curvature, self.prepared)
+        ids = block.ids("test")
+        found: dict[str, list[Array]] = {spec.name: [] for spec in self.arrays}
+        for start in range(0, len(ids), self.rows_at_once):
+            rhs, values = [], []
+            for batch, grads, measured in self.per_sample.rows(ids[start : start + self.rows_at_once]):
+                rhs.append(grads)
+                values.append(measured)
+                found["label"].append(labels(self.curvature.function, batch, len(grads)))
+            solution = self._solve(torch.cat(rhs), report)
+            found["vectors"].append(solution.vectors.to("cpu", torch.float32).numpy())
+            found["residual"].append(solution.residual.cpu().numpy())
+            found["iterations"].append(solution.iterations.cpu().numpy())
+            found["measurement"].append(torch.cat(values).to("cpu", torch.float32).numpy())
+            found["damping"].append(np.full(len(solution.residual), self.solver.resolved(self.prepared)))
+        return {name: np.concatenate(parts) for name, parts in found.items()}

@@ -1,0 +1,135 @@
+"""``cg``: conjugate gradients (Hestenes & Stiefel, 1952), one recurrence for each test sample.
+
+All test samples of a block share the passes over the training set, and nothing else: each stops by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stages.curvature import Curvature
+from stages.s_test.solver import (
+    CurvatureSolver,
+    Prepared,
+    Sample,
+    Solution,
+    Solve,
+    fixed_sample,
+    norms,
+    refuse_negative,
+    relative_residual,
+)
+from stages.stage import Progress, Report
+
+log = logging.getLogger(__name__)
+
+
+class Cg(CurvatureSolver):
+    """Conjugate gradients over the full training set, or a fixed sample of it.
+
+    Attributes:
+        tolerance: of the relative residual.
+        max_iterations: products with H at most, for each test sample.
+        sample: "all", or how many training samples H is taken over.
+    """
+
+    state_vectors: ClassVar[int] = 6
+
+    solver: Literal["cg"] = "cg"
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    max_iterations: Annotated[int, Field(gt=0)] = 200
+    sample: Sample = "all"
+
+    def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
+        """Return the function that iterates."""
+        damping = self.resolved(prepared)
+        ids = fixed_sample(self.sample, len(curvature.samples), self.seed)
+
+        def solve(rhs_TD: Tensor, report: Report) -> Solution:
+            calls = 0
+
+            def product(vectors: Tensor) -> Tensor:
+                def inner(progress: Progress) -> None:
+                    report(Progress(calls, self.max_iterations, f"cg iteration {calls}, {len(vectors)} test samples"))
+
+                return curvature.product(vectors, ids, inner)
+
+            def damped(vectors: Tensor) -> Tensor:
+                nonlocal calls
+                calls += 1
+                return product(vectors) + damping * vectors
+
+            vectors, iterations = conjugate_gradients(damped, rhs_TD, self.tolerance, self.max_iterations)
+            if vectors is None:
+                raise refuse_negative(curvature, lambda v: curvature.product(v, ids), damping, self.seed)
+            residual = relative_residual(lambda v: curvature.product(v, ids), damping, rhs_TD, vectors)
+            missed = int((residual > 1.5 * self.tolerance).sum())
+            if missed:
+                log.warning(
+                    "cg: %d of %d test samples are above the tolerance %.1g (largest residual %.2g after %d "
+                    "iterations): raise max_iterations, tolerance or damping",
+                    missed, len(residual), self.tolerance, float(residual.max()), int(iterations.max()),
+                )  # fmt: skip
+            report(Progress(self.max_iterations, self.max_iterations, "cg"))
+            return Solution(vectors, residual, iterations)
+
+        return solve
+
+
+def conjugate_gradients(
+    product: Any, rhs_TD: Tensor, tolerance: float, max_iterations: int
+) -> tuple[Tensor | None, Tensor]:
+    """Solve A x = v for each row v of ``rhs_TD`` by conjugate gradients from x = 0.
+
+    The recurrence's residual drifts from the true one in single precision; where it claims to be done, the true
+    residual is measured, and iteration starts again from there as long as that gains a factor of two.
+
+    Args:
+        product: A, (T, D) -> (T, D), symmetric positive definite.
+        rhs_TD: right-hand sides.
+        tolerance: of |v − A x| / |v|.
+        max_iterations: products at most, for each row.
+
+    Returns:
+        The solutions (T, D), None where A was found not to be positive definite; and the products used, (T,).
+    """
+    goal = tolerance * norms(rhs_TD)
+    vectors = torch.zeros_like(rhs_TD)
+    iterations = torch.zeros(len(rhs_TD), dtype=torch.int64)
+    residual = rhs_TD.clone()
+    best = norms(residual)
+    active = best > goal
+    while active.any():
+        direction = residual.clone()
+        square = norms(residual) ** 2
+        running = active.clone()
+        while running.any():
+            rows = torch.nonzero(running).flatten()
+            step_direction = direction[rows]
+            image = product(step_direction)
+            iterations[rows.cpu()] += 1
+            curve = (step_direction.double() * image.double()).sum(1)
+            if not (curve > 0).all():
+                return None, iterations
+            step = square[rows] / curve
+            vectors[rows] += (step.unsqueeze(1) * step_direction).to(vectors.dtype)
+            residual[rows] -= (step.unsqueeze(1) * image).to(residual.dtype)
+            following = norms(residual[rows]) ** 2
+            ratio = (following / square[rows]).unsqueeze(1).to(direction.dtype)
+            direction[rows] = residual[rows] + ratio * step_direction
+            square[rows] = following
+            running[rows] = (following.sqrt() > goal[rows]) & (iterations[rows.cpu()] < max_iterations).to(rows.device)
+        active &= (iterations < max_iterations).to(active.device)
+        rows = torch.nonzero(active).flatten()
+        if len(rows):
+            residual[rows] = rhs_TD[rows] - product(vectors[rows])
+            iterations[rows.cpu()] += 1
+            found = norms(residual[rows])
+            active[rows] = (found > goal[rows]) & (found < best[rows] / 2)
+            best[rows] = found
+    return vectors, iterations

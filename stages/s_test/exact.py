@@ -1,0 +1,59 @@
+"""``exact``: the dense matrix, factorised; for models of some thousands of parameters."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.curvature import Curvature
+from stages.s_test.solver import CurvatureSolver, Prepared, Solution, Solve, not_positive, relative_residual
+from stages.stage import Report, StageError
+
+
+class Exact(CurvatureSolver):
+    """Cholesky factorisation of the dense (D, D) matrix H + λI, in double precision."""
+
+    dense: ClassVar[bool] = True
+    state_vectors: ClassVar[int] = 4
+
+    solver: Literal["exact"] = "exact"
+
+    def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
+        return float(np.trace(prepared["matrix"][:])) / curvature.dim
+
+    def check_size(self, dim: int, memory_bytes: int) -> None:
+        """Refuse a matrix that does not fit: H, its factor and one copy are held at once.
+
+        Raises:
+            StageError: with the bytes needed and what would do.
+        """
+        needed = 3 * 8 * dim**2
+        if needed > memory_bytes:
+            fits = int((memory_bytes / 24) ** 0.5)
+            raise StageError(
+                f'solver = "exact" needs {needed / 2**30:.1f} GiB for a {dim} × {dim} matrix and its factor, '
+                f"and runtime.memory is {memory_bytes / 2**30:.1f} GiB, enough for {fits} parameters: "
+                'choose fewer by [grad_z] parameters, raise memory, or use solver = "cg"'
+            )
+
+    def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
+        """Factorise H + λI once."""
+        matrix = torch.from_numpy(np.asarray(prepared["matrix"][:], dtype=np.float64)).to(curvature.function.device)
+        matrix = (matrix + matrix.T) / 2
+        damping = self.resolved(prepared)
+        factor, failed = torch.linalg.cholesky_ex(matrix + damping * torch.eye(len(matrix)).to(matrix))
+        pivots = factor.diagonal()
+        if failed or float(pivots.min() / pivots.max()) ** 2 < torch.finfo(torch.float64).eps:
+            eigenvalues = torch.linalg.eigvalsh(matrix)
+            raise not_positive(float(eigenvalues[0]), float(eigenvalues[-1]), damping, self.curvature)
+
+        def solve(rhs_TD: Tensor, report: Report) -> Solution:
+            right = rhs_TD.double()
+            vectors = torch.cholesky_solve(right.T, factor).T
+            residual = relative_residual(lambda x: x @ matrix, damping, right, vectors)
+            return Solution(vectors, residual, torch.zeros(len(right), dtype=torch.int64))
+
+        return solve

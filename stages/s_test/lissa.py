@@ -1,0 +1,250 @@
+"""``lissa``: the stochastic recursion of Agarwal et al. (2017) as used by Koh & Liang (2017), in absolute terms.
+
+    x ← x + (v − (H_b + λ) x) / scale,        from x = v / scale,
+
+over minibatches b; in expectation its fixed point is (H + λI)⁻¹ v for every scale that lets it converge. (With
+h = scale · x and damp = λ / scale this is the usual h ← v + (1 − damp) h − H_b h / scale, divided by scale at the
+end, so that "damp 0.01, scale 25" means λ = 0.25.)
+
+One recursion's estimate is the average of its later half (Polyak & Juditsky, 1992): same fixed point, far less
+minibatch noise than its last iterate. Estimates at doubled depths are compared to see whether it has settled,
+estimates from other sequences of minibatches (``repeats``) are averaged and give the standard error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stages.curvature import Curvature, extreme_eigenvalues
+from stages.s_test.solver import (
+    CurvatureSolver,
+    Prepared,
+    Solution,
+    Solve,
+    norms,
+    not_positive,
+    relative_residual,
+)
+from stages.stage import Array, Progress, Report, StageError
+
+log = logging.getLogger(__name__)
+
+SCALE_BATCHES = 8
+"""Minibatches whose largest eigenvalue is measured for ``scale = "auto"``."""
+SCALE_MARGIN = 1.25
+"""Other minibatches may have larger eigenvalues than these, and Lanczos' estimate is from below."""
+LARGEST_AUTO_DEPTH = 50_000
+LARGEST_AUTO_REPEATS = 16
+
+
+class Lissa(CurvatureSolver):
+    """Stochastic recursion over minibatches.
+
+    Attributes:
+        recursion_depth: steps at most in one recursion; "auto" goes on until the estimate has settled.
+        repeats: recursions that are averaged; "auto" until the standard error is within the tolerance.
+        scale: step size is 1 / scale; "auto" from the largest eigenvalue over some minibatches.
+        batch_size: samples in a minibatch.
+        tolerance: relative change of the estimate at which it counts as settled.
+    """
+
+    state_vectors: ClassVar[int] = 9
+
+    solver: Literal["lissa"] = "lissa"
+    recursion_depth: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    repeats: Literal["auto"] | Annotated[int, Field(gt=0)] = 1
+    scale: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "auto"
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
+
+    def summary_names(self) -> tuple[str, ...]:
+        """Return the largest minibatch eigenvalue too, where the scale is to come of it."""
+        names = super().summary_names()
+        return (*names, "largest_eigenvalue") if self.scale == "auto" else names
+
+    def preparation(self) -> dict[str, Any] | None:
+        """Return what the summary depends on."""
+        basis = super().preparation() or {}
+        return {**basis, "batch_size": self.batch_size} if self.scale == "auto" else basis
+
+    def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
+        """Measure, beside the rest, the largest eigenvalue over some minibatches."""
+        found = super().summary(curvature, prepared, report)
+        if self.scale == "auto":
+            found["largest_eigenvalue"] = np.asarray(self._largest(curvature))
+        return found
+
+    def _largest(self, curvature: Curvature) -> float:
+        like = next(iter(curvature.function.params.values()))
+        largest = 0.0
+        batches = self._minibatches(curvature, 0)
+        for _ in range(SCALE_BATCHES):
+            batch = next(batches)
+            smallest, biggest = extreme_eigenvalues(
+                lambda v, b=batch: curvature.batch_product(b, v), curvature.dim, like, self.seed, steps=12
+            )
+            largest = max(largest, biggest, -smallest)
+        return largest
+
+    def _minibatches(self, curvature: Curvature, repeat: int) -> Iterator[Any]:
+        """Yield minibatches without end, each drawn anew; they depend on (seed, repeat) alone.
+
+        Draws are independent of one another, since going through the data in epochs biases the fixed point.
+        """
+        count = len(curvature.samples)
+        generator = np.random.default_rng([self.seed, repeat])
+        while True:
+            ids = generator.choice(count, min(self.batch_size, count), replace=False)
+            yield curvature.samples.batch(ids.tolist())
+
+    def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
+        """Return the function that iterates."""
+        damping = self.resolved(prepared)
+        scale = self.scale
+        if scale == "auto":
+            scale = SCALE_MARGIN * float(prepared["largest_eigenvalue"][()]) + damping
+        most = LARGEST_AUTO_REPEATS if self.repeats == "auto" else self.repeats
+        depth = LARGEST_AUTO_DEPTH if self.recursion_depth == "auto" else self.recursion_depth
+
+        def solve(rhs_TD: Tensor, report: Report) -> Solution:
+            mean, squares = torch.zeros_like(rhs_TD), torch.zeros(len(rhs_TD), dtype=torch.float64)
+            steps, counts = torch.zeros(len(rhs_TD), dtype=torch.int64), torch.zeros(len(rhs_TD), dtype=torch.int64)
+            active, settled = torch.ones(len(rhs_TD), dtype=torch.bool), torch.ones(len(rhs_TD), dtype=torch.bool)
+            for repeat in range(most):
+                rows = torch.nonzero(active).flatten()
+                recursion = _Recursion(self, curvature, damping, scale, depth, repeat, report)
+                estimate, used, done = recursion.run(rhs_TD[rows])
+                steps[rows] += used
+                settled[rows] &= done
+                counts[rows] += 1
+                before = estimate - mean[rows]
+                mean[rows] += before / counts[rows].to(mean).unsqueeze(1)
+                squares[rows] += (before.double() * (estimate - mean[rows]).double()).sum(1).cpu()
+                if self.repeats == "auto" and repeat > 0:
+                    active &= ~(_standard_error(squares, counts) <= self.tolerance * norms(mean).cpu())
+                if not active.any():
+                    break
+            self._tell(mean, squares, counts, steps, settled, depth)
+            residual = relative_residual(lambda v: curvature.product(v, report=report), damping, rhs_TD, mean)
+            return Solution(mean, residual, steps)
+
+        return solve
+
+    def _tell(self, mean: Tensor, squares: Tensor, counts: Tensor, steps: Tensor, settled: Tensor, depth: int) -> None:
+        """Say what was not reached, and what was more than enough."""
+        goal = self.tolerance * norms(mean).cpu()
+        unsettled = int((~settled).sum())
+        per_repeat = int((steps / counts).max())
+        if unsettled:
+            log.warning(
+                "lissa: the estimates of %d of %d test samples still change by more than %.2g after %d steps: "
+                "raise recursion_depth, batch_size or damping",
+                unsettled, len(settled), self.tolerance, depth,
+            )  # fmt: skip
+        elif self.recursion_depth != "auto" and per_repeat < depth:
+            log.info("lissa: settled after at most %d of %d steps", per_repeat, depth)
+        used = int(counts.max())
+        if used > 1:
+            needed = torch.ceil(squares / (counts - 1).clamp_min(1) / goal.clamp_min(1e-300) ** 2)
+            enough = max(1, int(needed.max()))
+            if enough < used:
+                log.info("lissa: %d repeats would have been within the tolerance; %d were made", enough, used)
+            elif self.repeats == "auto" and (_standard_error(squares, counts) > goal).any():
+                log.warning("lissa: above the tolerance %.2g after %d repeats: raise batch_size or damping",
+                            self.tolerance, used)  # fmt: skip
+
+
+def _standard_error(squares: Tensor, counts: Tensor) -> Tensor:
+    """Return the standard error of each mean over repeats, (T,)."""
+    return (squares / (counts * (counts - 1).clamp_min(1))).sqrt()
+
+
+class _Recursion:
+    """One recursion for some test samples, over one sequence of minibatches."""
+
+    def __init__(
+        self,
+        settings: Lissa,
+        curvature: Curvature,
+        damping: float,
+        scale: float,
+        depth: int,
+        repeat: int,
+        report: Report,
+    ) -> None:
+        self.settings, self.curvature = settings, curvature
+        self.damping, self.scale, self.depth = damping, scale, depth
+        self.repeat, self.report = repeat, report
+
+    def run(self, rhs_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the estimates (T, D), the steps that each took (T,), and whether each has settled (T,)."""
+        current = rhs_TD / self.scale
+        window, previous_window = torch.zeros_like(current), torch.zeros_like(current)
+        estimate = current.clone()
+        steps = torch.full((len(rhs_TD),), self.depth, dtype=torch.int64)
+        settled = torch.zeros(len(rhs_TD), dtype=torch.bool)
+        rows = torch.arange(len(rhs_TD))
+        checkpoint = 1
+        batches = self.settings._minibatches(self.curvature, self.repeat)
+        for step in range(1, self.depth + 1):
+            batch = next(batches)
+            active = current[rows]
+            gap = rhs_TD[rows] - self.curvature.batch_product(batch, active) - self.damping * active
+            current[rows] = active + gap / self.scale
+            window[rows] += current[rows]
+            self._check(rhs_TD, current, batch, step)
+            at_checkpoint = step == 2 * checkpoint
+            if at_checkpoint or step == self.depth:
+                if at_checkpoint:
+                    found = window[rows] / (step - checkpoint)
+                    previous_window[rows], window[rows] = window[rows], 0.0
+                    checkpoint = step
+                else:
+                    found = (previous_window[rows] + window[rows]) / (step - checkpoint // 2)
+                change = norms(found - estimate[rows]) / norms(found).clamp_min(torch.finfo(torch.float64).tiny)
+                estimate[rows] = found
+                done = (change <= self.settings.tolerance).cpu() & (step >= 8)
+                settled[rows[done]] = True
+                steps[rows[done]] = step
+                rows = rows[~done]
+            self.report(Progress(step, self.depth, f"lissa step {step}, {len(rows)} test samples"))
+            if not len(rows):
+                break
+        return estimate, steps, settled
+
+    def _check(self, rhs_TD: Tensor, current: Tensor, batch: Any, step: int) -> None:
+        """Stop a recursion that diverges.
+
+        Raises:
+            StageError: with the scale or the damping that would have worked.
+        """
+        if step % 8 and step != self.depth:
+            return
+        # A recursion that converges never leaves |x| ≤ |v| · step / scale, which it reaches where H + λI is zero.
+        size = norms(current)
+        if bool((size <= 10 * (step + 1) / self.scale * norms(rhs_TD)).all()):
+            return
+        like = next(iter(self.curvature.function.params.values()))
+        smallest, largest = extreme_eigenvalues(
+            self.curvature.product, self.curvature.dim, like, self.settings.seed, steps=40
+        )
+        if smallest + self.damping < 0:
+            raise not_positive(smallest, largest, self.damping, self.curvature.kind)
+        needed = SCALE_MARGIN * self.settings._largest(self.curvature) + self.damping
+        if needed <= self.scale:
+            raise StageError(
+                f"lissa diverged after {step} steps with scale = {self.scale:.3g}, though minibatches' largest "
+                f"eigenvalue is about {needed / SCALE_MARGIN:.3g}: use scale = {2 * self.scale:.2g} and a larger "
+                "batch_size" + (', or curvature = "ggn"' if self.curvature.kind == "hessian" else "")
+            )
+        raise StageError(
+            f"lissa diverged after {step} steps: scale = {self.scale:.3g} is below the largest eigenvalue of the "
+            f'minibatches. Use scale = {needed:.2g} or more, or scale = "auto".'
+        )

@@ -1,0 +1,52 @@
+"""``curvature``: what a solver prepares once for all test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from stages.curvature import Curvature
+from stages.s_test.solver import Solver
+from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Stage, silent
+
+SUMMARY = {
+    "gradient_norm": "Euclidean norm of the training objective's gradient, zero at an optimum",
+    "mean_eigenvalue": "mean eigenvalue of H",
+    "largest_eigenvalue": "largest eigenvalue of H over some minibatches",
+}
+
+
+class Prepare(Stage):
+    """Numbers, and for a dense solver the matrix H (coordinate, column) band by band."""
+
+    name = "curvature"
+
+    def __init__(self, solver: Solver, curvature: Curvature, band: int) -> None:
+        """Lay out what ``solver`` prepares; a dense matrix in bands of ``band`` rows."""
+        self.solver, self.curvature = solver, curvature
+        numbers = tuple(ArraySpec(name, (), (), "float64", about=SUMMARY[name]) for name in solver.summary_names())
+        if solver.dense:
+            dim = curvature.dim
+            self.grid = Grid((Axis("coordinate", dim, band),))
+            self.arrays = (ArraySpec("matrix", ("coordinate", "column"), (dim, dim), "float64", about="H, dense"),)
+            self.merged = numbers
+        else:
+            self.grid = Grid((Axis("part", 1, 1),))
+            self.arrays = numbers
+
+    def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
+        """Compute a band of the matrix by products with unit vectors, or the numbers."""
+        if not self.solver.dense:
+            return self.solver.summary(self.curvature, {}, report)
+        rows = block.ids("coordinate")
+        like = next(iter(self.curvature.function.params.values()))
+        units = torch.zeros(len(rows), self.curvature.dim).to(like)
+        units[torch.arange(len(rows)), torch.arange(rows.start, rows.stop)] = 1
+        products = self.curvature.product(units, report=report)
+        report(Progress(len(rows), len(rows), "rows of H"))
+        return {"matrix": products.double().cpu().numpy()}
+
+    def finish(self, arrays: Mapping[str, ArrayLike], report: Report = silent) -> dict[str, Array]:
+        """Compute the numbers of a dense solver."""
+        return self.solver.summary(self.curvature, arrays, report) if self.solver.dense else {}

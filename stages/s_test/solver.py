@@ -1,0 +1,197 @@
+"""What a solver is: its settings, what it prepares once for all test sets, and how it solves.
+
+Every solver returns X with (H + λI) x = v for each row v of the right-hand sides, and its evidence.
+Shapes: ``T`` test samples, ``D`` coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from stages.curvature import Curvature, Kind, Product, extreme_eigenvalues, mean_eigenvalue
+from stages.stage import Array, ArrayLike, Report, StageError
+
+
+class RelativeDamping(BaseModel):
+    """λ as a multiple of the mean eigenvalue of H."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    relative: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)] | RelativeDamping
+Prepared = Mapping[str, ArrayLike]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The answer for some test samples, with its evidence.
+
+    Attributes:
+        vectors: X (T, D).
+        residual: |v − (H + λI) x| / |v| for each, (T,); 0 where v is 0.
+        iterations: products with the curvature that each took, (T,).
+    """
+
+    vectors: Tensor
+    residual: Tensor
+    iterations: Tensor
+
+
+Solve = Callable[[Tensor, Report], Solution]
+
+
+class Solver(BaseModel):
+    """The settings of one way to solve; a subclass in a file of its own adds a solver.
+
+    Attributes:
+        dense: whether what it prepares is the whole matrix H, band by band.
+        state_vectors: vectors of D floats that it holds for each test sample at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense: ClassVar[bool] = False
+    state_vectors: ClassVar[int] = 1
+
+    solver: str
+
+    def preparation(self) -> dict[str, Any] | None:
+        """Return what :meth:`summary` and the matrix depend on, None where nothing is prepared."""
+        return None
+
+    def summary_names(self) -> tuple[str, ...]:
+        """Return the names of the numbers that :meth:`summary` finds."""
+        return ()
+
+    def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
+        """Find once what all test samples share; ``prepared`` has the matrix where the solver is dense."""
+        return {}
+
+    def check_size(self, dim: int, memory_bytes: int) -> None:
+        """Refuse a problem that this solver cannot hold.
+
+        Raises:
+            StageError: with the bytes needed and what would do.
+        """
+
+    def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
+        """Return the function that solves, with whatever it sets up once."""
+        raise NotImplementedError(f"{type(self).__name__}.start")
+
+    def resolved(self, prepared: Prepared) -> float:
+        """Return λ, 0 for a solver without damping."""
+        return 0.0
+
+
+class CurvatureSolver(Solver):
+    """A solver against (H + λI).
+
+    Attributes:
+        curvature: "ggn" (positive semi-definite for losses that are convex in the outputs) or "hessian".
+        damping: λ ≥ 0, absolute, or ``{ relative = r }`` times the mean eigenvalue of H.
+        seed: of every random draw.
+    """
+
+    curvature: Kind = "ggn"
+    damping: Damping = RelativeDamping(relative=0.1)
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def preparation(self) -> dict[str, Any] | None:
+        """Return what the summary depends on: not λ, which is added when solving."""
+        return {"curvature": self.curvature, "seed": self.seed, "summary": list(self.summary_names())}
+
+    def summary_names(self) -> tuple[str, ...]:
+        """Return the distance from an optimum, and the mean eigenvalue where λ is relative to it."""
+        return ("gradient_norm", "mean_eigenvalue") if isinstance(self.damping, RelativeDamping) else ("gradient_norm",)
+
+    def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
+        """Measure |ḡ + l2·θ|, and estimate the mean eigenvalue where λ is relative to it."""
+        found = {"gradient_norm": np.float64(curvature.gradient(report).norm())}
+        if "mean_eigenvalue" in self.summary_names():
+            found["mean_eigenvalue"] = np.float64(self._mean_eigenvalue(curvature, prepared, report))
+        return {name: np.asarray(value) for name, value in found.items()}
+
+    def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
+        like = next(iter(curvature.function.params.values()))
+        return mean_eigenvalue(lambda v: curvature.product(v, report=report), curvature.dim, like, self.seed)
+
+    def resolved(self, prepared: Prepared) -> float:
+        """Return λ.
+
+        Raises:
+            StageError: λ is relative to a mean eigenvalue that is not positive.
+        """
+        if not isinstance(self.damping, RelativeDamping):
+            return float(self.damping)
+        mean = float(prepared["mean_eigenvalue"][()])
+        if not mean > 0:
+            raise StageError(
+                f"damping relative to the mean eigenvalue of H, and that is {mean:.3g}: "
+                'give an absolute `damping`, or use curvature = "ggn"'
+            )
+        return self.damping.relative * mean
+
+
+def norms(vectors_TD: Tensor) -> Tensor:
+    """Return the Euclidean norm of each row, (T,), in double precision."""
+    return torch.linalg.vector_norm(vectors_TD, dim=1, dtype=torch.float64)
+
+
+def relative_residual(product: Product, damping: float, rhs_TD: Tensor, vectors_TD: Tensor) -> Tensor:
+    """Return |v − (H + λI) x| / |v| for each row, (T,); 0 where v and x are 0."""
+    scale = norms(rhs_TD)
+    left = norms(rhs_TD - product(vectors_TD) - damping * vectors_TD)
+    return torch.where(scale > 0, left / scale.clamp_min(torch.finfo(torch.float64).tiny), left)
+
+
+def not_positive(smallest: float, largest: float, damping: float, kind: Kind) -> StageError:
+    """Make the error for an (H + λI) that is not positive definite.
+
+    Args:
+        smallest: smallest eigenvalue of H, or a bound from above.
+        largest: largest eigenvalue of H.
+        damping: λ.
+        kind: what H is.
+
+    Returns:
+        The error, naming the damping that would do.
+    """
+    enough = max(1.1 * -smallest, 1e-6 * largest)
+    other = ', or use curvature = "ggn"' if kind == "hessian" else ""
+    return StageError(
+        f"H + λI is not positive definite: the smallest eigenvalue of H is about {smallest:.3g} "
+        f"(largest {largest:.3g}) and λ = {damping:.3g}. Use damping = {enough:.2g} or more{other}."
+    )
+
+
+def refuse_negative(curvature: Curvature, product: Product, damping: float, seed: int) -> StageError:
+    """Make the error for negative curvature that a solver met, measuring the ends of the spectrum."""
+    like = next(iter(curvature.function.params.values()))
+    smallest, largest = extreme_eigenvalues(product, curvature.dim, like, seed, steps=60)
+    return not_positive(smallest, largest, damping, curvature.kind)
+
+
+Sample = Literal["all"] | Annotated[int, Field(gt=0)]
+
+
+def fixed_sample(sample: int | str, count: int, seed: int) -> list[int] | range:
+    """Return the training samples that H is taken over: all, or a fixed random choice in ascending order.
+
+    Raises:
+        StageError: more samples are asked for than there are.
+    """
+    if sample == "all":
+        return range(count)
+    if int(sample) > count:
+        raise StageError(f"sample = {sample}, and the training set has {count} samples")
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(count, generator=generator)[: int(sample)].tolist())

@@ -1,0 +1,203 @@
+"""What the machine needs to know of a stage, and what a stage may ask of the machine.
+
+A stage cuts its work into the cells of a :class:`Grid`. For every cell (:class:`Block`) it returns the
+values of its output arrays (:class:`ArraySpec`); when all cells are there, it may merge them. The machine
+that runs stages keeps, resumes, distributes and times blocks without knowing what is computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Batch = Any
+"""Whatever a data set's samples collate to: tensors with the batch first, in tuples, lists or dicts."""
+
+
+class StageError(Exception):
+    """The mathematics cannot go on as asked; the message says what would work."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One sign of life from inside a block.
+
+    Attributes:
+        done: units finished so far in this block.
+        total: units in this block, 0 where unknown.
+        note: what is being done, for people.
+    """
+
+    done: int = 0
+    total: int = 0
+    note: str = ""
+
+
+Report = Callable[[Progress], None]
+"""Carries progress out; may raise to carry a cancellation in."""
+
+
+def silent(progress: Progress) -> None:
+    """Report to nobody."""
+
+
+class Samples(Protocol):
+    """A data set as stages see it: batches by ids, again as often as they like."""
+
+    def __len__(self) -> int:
+        """Count the samples."""
+
+    def batch(self, ids: Sequence[int]) -> Batch:
+        """Collate the samples at these positions, on the device of the model."""
+
+    def batches(self, ids: Sequence[int], size: int) -> Iterator[Batch]:
+        """Yield the samples at these positions in order, ``size`` at a time."""
+
+
+class ArrayLike(Protocol):
+    """A matrix that can be sliced: NumPy, Zarr, or rows computed as they are read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The length of each dimension."""
+
+    def __getitem__(self, index: Any) -> Array:
+        """Read a rectangular part of it."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of a grid: ``length`` entries cut into bands of ``band`` (the last may be shorter)."""
+
+    name: str
+    length: int
+    band: int
+
+    @property
+    def count(self) -> int:
+        """The number of bands."""
+        return math.ceil(self.length / self.band)
+
+    def bounds(self, index: int) -> slice:
+        """Return the entries of band ``index``."""
+        return slice(index * self.band, min((index + 1) * self.band, self.length))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One cell of a grid: its position, and the entries that it covers of each axis."""
+
+    index: tuple[int, ...]
+    bounds: Mapping[str, slice]
+
+    def ids(self, axis: str) -> range:
+        """Return the positions along one axis."""
+        return range(self.bounds[axis].start, self.bounds[axis].stop)
+
+    @property
+    def rows(self) -> int:
+        """The number of entries, over all axes."""
+        return math.prod(b.stop - b.start for b in self.bounds.values())
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The blocks of a stage: every entry of the product of the axes is in exactly one block."""
+
+    axes: tuple[Axis, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of bands along each axis."""
+        return tuple(axis.count for axis in self.axes)
+
+    def __len__(self) -> int:
+        """Count the blocks."""
+        return math.prod(self.shape)
+
+    def __iter__(self) -> Iterator[Block]:
+        """Yield the blocks in row-major order."""
+        for index in itertools.product(*(range(n) for n in self.shape)):
+            yield self.block(index)
+
+    def block(self, index: tuple[int, ...]) -> Block:
+        """Return the block at this position."""
+        return Block(index, {axis.name: axis.bounds(i) for axis, i in zip(self.axes, index, strict=True)})
+
+    def axis(self, name: str) -> Axis | None:
+        """Return the axis of this name, if the grid has one."""
+        return next((axis for axis in self.axes if axis.name == name), None)
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One output array.
+
+    Attributes:
+        name: its name in the stage's group.
+        dims: a name for each dimension. A dimension named as a grid axis is cut where the grid is;
+            ``<axis>_block`` has one entry for each band of that axis; any other is whole in every block.
+        shape: the length of each dimension.
+        dtype: NumPy dtype of the values that the stage returns.
+        encoding: how values are kept where that is not as they are ("float16"; see the store).
+        about: one sentence for people who open the array with other tools.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    encoding: str = ""
+    about: str = ""
+
+    def region(self, grid: Grid, block: Block) -> tuple[slice, ...]:
+        """Return the part of this array that one block fills."""
+        parts = []
+        for dim, length in zip(self.dims, self.shape, strict=True):
+            if dim in block.bounds:
+                parts.append(block.bounds[dim])
+            elif dim.endswith("_block") and grid.axis(dim.removesuffix("_block")):
+                position = [axis.name for axis in grid.axes].index(dim.removesuffix("_block"))
+                parts.append(slice(block.index[position], block.index[position] + 1))
+            else:
+                parts.append(slice(0, length))
+        return tuple(parts)
+
+
+@dataclass
+class Stage(ABC):
+    """A piece of mathematics that the machine can run block by block.
+
+    Attributes:
+        name: the stage's name.
+        grid: its blocks.
+        arrays: what every block fills.
+        merged: what :meth:`finish` fills, once all blocks are there.
+    """
+
+    name: str = field(init=False)
+    grid: Grid = field(init=False)
+    arrays: tuple[ArraySpec, ...] = field(init=False, default=())
+    merged: tuple[ArraySpec, ...] = field(init=False, default=())
+
+    def prepare(self, report: Report = silent) -> None:  # noqa: B027 - most stages have nothing to prepare
+        """Check, in the process that computes, what must hold before the first block.
+
+        Raises:
+            StageError: the model or the data cannot be used as asked.
+        """
+
+    @abstractmethod
+    def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
+        """Return the values of every array in ``arrays`` over the block's region."""
+
+    def finish(self, arrays: Mapping[str, ArrayLike], report: Report = silent) -> dict[str, Array]:
+        """Return the values of every array in ``merged``, given what all blocks filled."""
+        return {}
