@@ -139,7 +139,11 @@ def show(
     k: Annotated[int, typer.Option("-k", help="how many ids")] = 10,
     key: Annotated[str | None, typer.Option(help="which results, where several are cached")] = None,
 ) -> None:
-    """Print the most helpful and most harmful training ids; needs neither model nor data."""
+    """Print the most helpful and most harmful training ids; needs neither model nor data.
+
+    Raises:
+        RequestError: it is not clear of what, or there is no such test sample.
+    """
     from influence_pipeline.cache import Cache
 
     folder = _cache(settings)
@@ -213,9 +217,8 @@ def _receipts(group: Any) -> Sequence[str]:
         lines.append(
             f"distance from an optimum |ḡ + l2·θ| = {float(group.array('gradient_norm')[()]):.3g} (influence assumes 0)"
         )
-    for name in ("mean_eigenvalue", "largest_eigenvalue"):
-        if name in group:
-            lines.append(f"{name.replace('_', ' ')} {float(group.array(name)[()]):.4g}")
+    found = [name for name in ("mean_eigenvalue", "largest_eigenvalue") if name in group]
+    lines += [f"{name.replace('_', ' ')} {float(group.array(name)[()]):.4g}" for name in found]
     if "residual" in group:
         residual, iterations = group.array("residual")[:], group.array("iterations")[:]
         lines.append(

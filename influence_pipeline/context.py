@@ -159,7 +159,11 @@ def sentinels(count: int) -> list[int]:
 
 
 def _selected(experiment: Experiment, settings: Settings) -> dict[str, PerClass]:
-    """Cut out the test sets that the settings ask for."""
+    """Cut out the test sets that the settings ask for.
+
+    Raises:
+        RequestError: a selection fits no test set.
+    """
     found = {}
     for name, selection in settings.tests.items():
         of = selection.of
@@ -172,7 +176,11 @@ def _selected(experiment: Experiment, settings: Settings) -> dict[str, PerClass]
 
 
 def _device(name: str) -> torch.device:
-    """Return the device of this name, "auto" for a GPU where there is one."""
+    """Return the device of this name, "auto" for a GPU where there is one.
+
+    Raises:
+        RequestError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

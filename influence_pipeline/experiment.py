@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class Experiment:
             raise RequestError(f"task must be an ip.Task, for example ip.Classification(), got {type(task).__name__}")
         if not isinstance(tests, Mapping):
             raise RequestError(
-                f'tests must be a dict of data sets by name, for example {{"holdout": test_set}}, got {type(tests).__name__}'
+                f'tests must be data sets by name, for example {{"holdout": test_set}}, got {type(tests).__name__}'
             )
         if loader_workers < 0:
             raise RequestError(f"loader_workers must be 0 or more, got {loader_workers}")
@@ -103,8 +103,8 @@ class Experiment:
     @property
     def train(self) -> Dataset[Any]:
         """The training set."""
-        self._train = _made(self._train, self.train_name)
-        return self._train
+        made = self._train = _made(self._train, self.train_name)
+        return made
 
     @property
     def test_names(self) -> tuple[str, ...]:
@@ -120,8 +120,8 @@ class Experiment:
         if name not in self._tests:
             known = ", ".join(self._tests) or "none"
             raise RequestError(f"no test set {name!r}; the experiment has: {known}")
-        self._tests[name] = _made(self._tests[name], name)
-        return self._tests[name]
+        made = self._tests[name] = _made(self._tests[name], name)
+        return made
 
     def with_tests(self, tests: Mapping[str, Dataset[Any]]) -> Experiment:
         """Return this experiment with further test sets.
@@ -160,12 +160,11 @@ class Experiment:
         return np.arange(check_dataset(data, name), dtype=np.int64)
 
 
-def _made(data: Any, name: str) -> Any:
+def _made(data: Data, name: str) -> Dataset[Any]:
     """Return a data set, calling the function that makes it where it is one."""
-    if callable(data) and not hasattr(data, "__getitem__"):
-        data = data()
-    check_dataset(data, name)
-    return data
+    made: Any = data() if callable(data) and not hasattr(data, "__getitem__") else data
+    check_dataset(made, name)
+    return cast("Dataset[Any]", made)
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -174,7 +173,7 @@ def weights_hash(model: nn.Module) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         value = tensor.detach().cpu().contiguous()
         state.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        state.update(value.flatten().view(torch.uint8).numpy())
+        state.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()[:16]
 
 
@@ -182,6 +181,7 @@ def load(reference: str) -> Experiment:
     """Call the function that a reference names, "file.py:function" or "package.module:function".
 
     Raises:
+        InfluenceError: what the function itself raised of that kind.
         RequestError: the file or function is missing, raises, or does not return an Experiment; an error inside
             the file is shown with its own file and line.
     """
@@ -205,7 +205,11 @@ def load(reference: str) -> Experiment:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Import a file by its path, with its folder on the path so that it can import its neighbours."""
+    """Import a file by its path, with its folder on the path so that it can import its neighbours.
+
+    Raises:
+        RequestError: there is no such file.
+    """
     path = path.resolve()
     if not path.is_file():
         raise RequestError(f"experiment: {path}: no such file")

@@ -218,7 +218,8 @@ class Influences:
 
     def __repr__(self) -> str:
         """Say what these are."""
-        return f"<Influences of {len(self.train_ids)} training samples on {len(self)} tests {self.tests!r}, {self._group.path}>"
+        sizes = f"{len(self.train_ids)} training samples on {len(self)} tests {self.tests!r}"
+        return f"<Influences of {sizes}, {self._group.path}>"
 
     # ---- rankings ------------------------------------------------------------------------------------------------
 

@@ -16,13 +16,16 @@ MOST_ROWS = 1024
 MOST_TESTS = 64
 """Test samples that are solved for together: more share each pass over the training set, fewer are lost to a kill."""
 MOST_SCORED_TESTS = 1024
+PROBE_VECTORS = 32
+"""Vectors in what a solver prepares without a dense matrix: the probes of the mean eigenvalue."""
 TILE_ENTRIES = 2**21
 TILE_ROWS = 256
 TILE_COLUMNS = 8192
 
 
-def block_rows(dim: int, most: int = MOST_ROWS) -> int:
+def block_rows(dim: int, most: int | None = None) -> int:
     """Return the rows of a block of float32 vectors of ``dim`` entries: a power of two, at most ``most``."""
+    most = MOST_ROWS if most is None else most
     fits = DECODED_SHARD_BYTES // (4 * dim)
     return min(most, 2 ** int(math.log2(fits))) if fits >= 1 else 1
 
@@ -174,8 +177,8 @@ class Plan:
 
 def show_bytes(count: float) -> str:
     """Write an amount of memory for people."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(count) >= 1024 and len(units) > 1:
         count /= 1024
-    raise AssertionError
+        units.pop(0)
+    return f"{count:.0f} {units[0]}" if units[0] == "B" or count >= 100 else f"{count:.1f} {units[0]}"

@@ -46,6 +46,8 @@ class Work:
         data: the data set along the grid's only axis; each sample's digest is kept beside what is computed of it.
         inputs: digest of whatever else a block reads.
         before: called once before the first block that is computed here.
+        memory_bytes: what one process holds at once, beside model and data.
+        passes: what it reads how often, for people.
     """
 
     stage: Stage
@@ -53,6 +55,8 @@ class Work:
     data: DataSet | None = None
     inputs: Callable[[Block], bytes] = lambda block: NOTHING
     before: Callable[[], None] = lambda: None
+    memory_bytes: int = 0
+    passes: str = ""
     _ready: bool = field(default=False, init=False)
 
     @property
@@ -169,7 +173,11 @@ def _finish(work: Work, arrays: Mapping[str, ArrayLike], bar: _Bar) -> dict[str,
 def _in_workers(
     work: Work, missing: list[Block], runtime: RuntimeSettings, rebuild: Rebuild, token: str, bar: _Bar
 ) -> None:
-    """Have blocks computed by processes; each writes its own and only its index comes back."""
+    """Have blocks computed by processes; each writes its own and only its index comes back.
+
+    Raises:
+        WorkError: a worker process died.
+    """
     blocks = {block.index: block for block in missing}
     threads = _threads_each(runtime.workers)
     log_file = None if runtime.log_file is None else str(runtime.log_file)
@@ -208,7 +216,12 @@ def _block_in_worker(
 
 @contextmanager
 def _named_errors(label: str) -> Iterator[None]:
-    """Turn what a stage refuses into an error of the request."""
+    """Turn what a stage refuses into an error of the request.
+
+    Raises:
+        WorkError: in the place of a MemoryError.
+        RequestError: in the place of a StageError.
+    """
     try:
         yield
     except StageError as error:

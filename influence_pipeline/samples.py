@@ -124,7 +124,7 @@ class DataSet:
                 _Fetch(self.data, self.name),
                 batch_size=None,
                 sampler=parts,
-                num_workers=self._workers,  # type: ignore[arg-type]
+                num_workers=self._workers,
             )
             for part, samples in zip(parts, loader, strict=True):
                 for position, sample in zip(part, samples, strict=True):
@@ -142,7 +142,7 @@ class DataSet:
         sample_bytes = sum(leaf.numel() * leaf.element_size() for leaf in leaves(one) if isinstance(leaf, Tensor))
         if self._length * sample_bytes > self._keep_bytes:
             return
-        whole = [b for b in self.batches(range(self._length), 1024)]
+        whole = list(self.batches(range(self._length), 1024))
         if len({str(map_leaves(_shape, b)) for b in whole}) > 1:
             return
         self._kept = _concatenate(whole)

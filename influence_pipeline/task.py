@@ -62,7 +62,8 @@ class Task:
         """
         if isinstance(batch, Mapping):
             result = model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
-            return getattr(result, "logits", result)
+            logits: Tensor = getattr(result, "logits", result)
+            return logits
         outputs: Tensor = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
         return outputs
 
@@ -145,7 +146,7 @@ class Regression(Task):
                 f"Regression: outputs have shape {tuple(outputs.shape)} and targets {tuple(targets.shape)}: "
                 "they must have equally many entries for each sample"
             )
-        squares = (outputs - targets.reshape(outputs.shape)).square()
+        squares: Tensor = (outputs - targets.reshape(outputs.shape)).square()
         return squares.flatten(1).sum(1) if squares.ndim > 1 else squares
 
 
@@ -160,7 +161,11 @@ class _FromLoss(Task):
 
 
 def _defined_by(task: Task, method: str) -> str:
-    """Name the class that defines a method; a file's experiment has the same name however it is loaded."""
+    """Name the class that defines a method; a file's experiment has the same name however it is loaded.
+
+    Raises:
+        AttributeError: no class does.
+    """
     for kind in type(task).__mro__:
         if method in vars(kind):
             return kind.__qualname__
@@ -180,7 +185,11 @@ def _attributes(task: Task, wanted: Callable[[str], bool]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON can hold it, the same one in every process."""
+    """Return a value as JSON can hold it, the same one in every process.
+
+    Raises:
+        RequestError: the value has no such form.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,11 +71,14 @@ class Curvature:
         total_D = torch.zeros(self.dim, dtype=torch.float64, device=self.function.device)
         done = 0
         for batch in self.samples.batches(range(len(self.samples)), self.batch_size):
-            grads = grad(lambda p, b=batch: self.function.losses(p, b).sum())(params)
+            grads = grad(self._total_loss)(params, batch)
             total_D += self.function.flatten(grads).detach()
             done += size(batch)
             report(Progress(done, len(self.samples), "mean gradient"))
         return total_D / len(self.samples) + self.l2 * self.function.flatten(params)
+
+    def _total_loss(self, params: Parameters, batch: Batch) -> Tensor:
+        return self.function.losses(params, batch).sum()
 
     def _sum(self, batch: Batch, vectors_TD: Tensor) -> Tensor:
         """Return the sum over a batch, without the penalty."""
@@ -94,16 +97,21 @@ class Curvature:
 
     def _linear(self, batch: Batch) -> Callable[[Parameters], Parameters]:
         """Linearise once for a batch; the result is reused by all vectors. Reverse mode only, so any model can."""
-        params = self.function.params
+        function, params = self.function, self.function.params
         if self.kind == "hessian":
-            _, hvp = vjp(grad(lambda p: self.function.losses(p, batch).sum()), params)
-            return lambda vector: hvp(vector)[0]
-        outputs, transposed = vjp(lambda p: self.function.outputs(p, batch), params)
+            return _transposed(grad(lambda p: self._total_loss(p, batch)), params)[1]
+        outputs, backward = _transposed(lambda p: function.outputs(p, batch), params)
         outputs = outputs.detach()
         # The transpose of the transposed Jacobian is the Jacobian: a product with J by two reverse passes.
-        _, forward = vjp(lambda cotangent: transposed(cotangent)[0], torch.zeros_like(outputs))
-        _, inner = vjp(grad(lambda o: self.function.task.losses(o, batch).sum()), outputs)
-        return lambda vector: transposed(inner(forward(vector)[0])[0])[0]
+        forward = _transposed(backward, torch.zeros_like(outputs))[1]
+        inner = _transposed(grad(lambda o: function.task.losses(o, batch).sum()), outputs)[1]
+        return lambda vector: backward(inner(forward(vector)))
+
+
+def _transposed(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Return a function's value at a point, and the product with its transposed Jacobian there."""
+    value, pullback = vjp(function, at)[:2]
+    return value, lambda cotangent: pullback(cotangent)[0]
 
 
 def mean_eigenvalue(product: Product, dim: int, like: Tensor, seed: int, probes: int = 32) -> float:

@@ -36,6 +36,7 @@ class Cache:
         """Name a cache; nothing is read or written.
 
         Raises:
+            CacheMismatch: the folder is a cache of another format.
             RequestError: the folder is a cache of another format, or holds something else.
         """
         self.path = Path(path)

@@ -71,6 +71,14 @@ class Layout:
         """Return the names of all files that one block fills."""
         return [name for spec in self.stored for name in self.files(spec, spec.region(self.grid, block))]
 
+    def bytes_bound(self) -> int:
+        """Return the bytes of all arrays, uncompressed, and of what describes them."""
+        described = 4096 * (len(self.stored) + len(self.merged) + 2)
+        return described + sum(
+            math.prod(spec.shape) * np.dtype(spec.encoding or spec.dtype).itemsize
+            for spec in (*self.stored, *self.merged)
+        )
+
     def merged_files(self) -> list[str]:
         """Return the names of all files that merging fills."""
         return [name for spec in self.merged for name in self.files(spec, tuple(slice(0, n) for n in spec.shape))]
@@ -88,7 +96,11 @@ class Group:
 
     @classmethod
     def create(cls, path: Path, layout: Layout, attributes: Mapping[str, Any]) -> Group:
-        """Lay out a new group, so that it appears at once and whole; one that is there already is opened."""
+        """Lay out a new group, so that it appears at once and whole; one that is there already is opened.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
         if (path / "zarr.json").exists():
             return cls(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +152,11 @@ class Group:
         return DecodedRows(self.array(name), scale, str(self.path))
 
     def records(self) -> Array:
-        """Return all records, (…, byte) uint8."""
+        """Return all records, (…, byte) uint8.
+
+        Raises:
+            CacheDamaged: a record's checksum does not fit.
+        """
         try:
             records: Array = self.array(RECORDS)[...]
         except Exception as error:
@@ -298,6 +314,7 @@ class DecodedRows:
         """Return a part as float32.
 
         Raises:
+            WorkError: the disk refused.
             CacheDamaged: a checksum does not fit, or a part was never written.
         """
         index = index if isinstance(index, tuple) else (index,)

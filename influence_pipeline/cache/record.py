@@ -25,7 +25,7 @@ def digest(parts: Iterable[bytes | Array]) -> bytes:
     """Return 16 bytes that depend on all parts, in order."""
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in parts:
-        state.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+        state.update(part.tobytes() if isinstance(part, np.ndarray) else part)
     return state.digest()
 
 

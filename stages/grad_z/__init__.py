@@ -137,7 +137,7 @@ class GradZ(Stage):
             part = slice(start, start + len(rows))
             grads[part] = rows.to("cpu", torch.float32).numpy()
             norm[part] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
-            loss[part] = values.cpu().numpy()
+            loss[part] = values.to("cpu", torch.float32).numpy()
             label[part] = labels(self.per_sample.function, batch, len(rows))
             start = part.stop
             report(Progress(start, len(ids), "gradients"))

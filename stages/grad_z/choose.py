@@ -18,11 +18,24 @@ log = logging.getLogger(__name__)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest relative difference between two right ways of computing the same gradient; other dtypes 5 %."""
 
+CAUSES = (
+    "Usual causes: BatchNorm without running statistics (track_running_stats=False), a loss that averages over "
+    "the batch, attention across samples, dropout that ignores eval()."
+)
+
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference over the largest magnitude; infinite where either is not finite."""
-    if not (torch.isfinite(found).all() and torch.isfinite(expected).all()):
-        return 0.0 if torch.equal(found.nan_to_num(), expected.nan_to_num()) else float("inf")
+    """Return the largest absolute difference over the largest magnitude, among the finite entries.
+
+    Infinite where the two are not finite at the same places: a sample that is NaN is for others to report, a
+    sample that is NaN in one of two ways of computing it is a difference.
+    """
+    finite = torch.isfinite(expected)
+    if not torch.equal(torch.isfinite(found), finite):
+        return float("inf")
+    found, expected = found[finite], expected[finite]
+    if not len(found):
+        return 0.0
     largest = max(float(expected.abs().max()), float(found.abs().max()))
     return float((found - expected).abs().max()) / largest if largest else 0.0
 
@@ -35,7 +48,15 @@ def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> N
     """
     with torch.no_grad():
         together = values(function.params, batch)
-        alone = torch.cat([values(function.params, take(batch, index)) for index in range(size(batch))])
+        try:
+            alone = torch.cat([values(function.params, take(batch, index)) for index in range(size(batch))])
+        except StageError:
+            raise
+        except Exception as error:
+            raise StageError(
+                f"in eval() mode the loss of {size(batch)} samples together can be computed, that of one alone "
+                f"cannot ({type(error).__name__}: {error}). {CAUSES}"
+            ) from error
     if together.shape != alone.shape:
         raise StageError(
             f"a batch of {size(batch)} samples has {len(together)} losses, its samples one at a time {len(alone)}"
@@ -44,9 +65,7 @@ def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> N
     if difference > TOLERANCE.get(function.dtype, 0.05):
         raise StageError(
             f"in eval() mode a sample's loss differs by {difference:.2g} (relative) with the samples around it, "
-            "so it has no gradient of its own. Usual causes: BatchNorm without running statistics "
-            "(track_running_stats=False), a loss that averages over the batch, attention across samples, "
-            "dropout that ignores eval()."
+            f"so it has no gradient of its own. {CAUSES}"
         )
 
 
@@ -60,6 +79,9 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
 
     Returns:
         The technique to use for every batch.
+
+    Raises:
+        StageError: the loss is not of a kind that has gradients for each sample.
     """
     expected, _ = loop.gradients(function, values, batch)
     if not only_tensors(batch):

@@ -24,9 +24,8 @@ def solvers() -> dict[str, type[Solver]]:
     found: dict[str, type[Solver]] = {}
     for module in pkgutil.iter_modules(__path__):
         for _, kind in inspect.getmembers(importlib.import_module(f"{__name__}.{module.name}"), inspect.isclass):
-            default = kind.model_fields["solver"].default if issubclass(kind, Solver) else None
-            if isinstance(default, str):
-                found[default] = kind
+            if issubclass(kind, Solver) and isinstance(kind.model_fields["solver"].default, str):
+                found[kind.model_fields["solver"].default] = kind
     return found
 
 

@@ -20,8 +20,8 @@ from stages.s_test.solver import (
     Solution,
     Solve,
     fixed_sample,
+    negative_curvature,
     norms,
-    refuse_negative,
     relative_residual,
 )
 from stages.stage import Progress, Report
@@ -45,6 +45,11 @@ class Cg(CurvatureSolver):
     max_iterations: Annotated[int, Field(gt=0)] = 200
     sample: Sample = "all"
 
+    def passes(self) -> str:
+        """Say how often the training set is read."""
+        of = "the training set" if self.sample == "all" else f"{self.sample} training samples"
+        return f" ≤ {self.max_iterations} passes over {of}"
+
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
         """Return the function that iterates."""
         damping = self.resolved(prepared)
@@ -66,7 +71,7 @@ class Cg(CurvatureSolver):
 
             vectors, iterations = conjugate_gradients(damped, rhs_TD, self.tolerance, self.max_iterations)
             if vectors is None:
-                raise refuse_negative(curvature, lambda v: curvature.product(v, ids), damping, self.seed)
+                raise negative_curvature(curvature, lambda v: curvature.product(v, ids), damping, self.seed)
             residual = relative_residual(lambda v: curvature.product(v, ids), damping, rhs_TD, vectors)
             missed = int((residual > 1.5 * self.tolerance).sum())
             if missed:

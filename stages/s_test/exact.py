@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.curvature import Curvature
-from stages.s_test.solver import CurvatureSolver, Prepared, Solution, Solve, not_positive, relative_residual
+from stages.s_test.solver import CurvatureSolver, NotPositiveDefinite, Prepared, Solution, Solve, relative_residual
 from stages.stage import Report, StageError
 
 
@@ -40,7 +40,11 @@ class Exact(CurvatureSolver):
             )
 
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
-        """Factorise H + λI once."""
+        """Factorise H + λI once.
+
+        Raises:
+            NotPositiveDefinite: H + λI has no factor.
+        """
         matrix = torch.from_numpy(np.asarray(prepared["matrix"][:], dtype=np.float64)).to(curvature.function.device)
         matrix = (matrix + matrix.T) / 2
         damping = self.resolved(prepared)
@@ -48,7 +52,7 @@ class Exact(CurvatureSolver):
         pivots = factor.diagonal()
         if failed or float(pivots.min() / pivots.max()) ** 2 < torch.finfo(torch.float64).eps:
             eigenvalues = torch.linalg.eigvalsh(matrix)
-            raise not_positive(float(eigenvalues[0]), float(eigenvalues[-1]), damping, self.curvature)
+            raise NotPositiveDefinite(float(eigenvalues[0]), float(eigenvalues[-1]), damping, self.curvature)
 
         def solve(rhs_TD: Tensor, report: Report) -> Solution:
             right = rhs_TD.double()

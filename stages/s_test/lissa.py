@@ -13,6 +13,7 @@ estimates from other sequences of minibatches (``repeats``) are averaged and giv
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
@@ -25,11 +26,11 @@ from torch import Tensor
 from stages.curvature import Curvature, extreme_eigenvalues
 from stages.s_test.solver import (
     CurvatureSolver,
+    NotPositiveDefinite,
     Prepared,
     Solution,
     Solve,
     norms,
-    not_positive,
     relative_residual,
 )
 from stages.stage import Array, Progress, Report, StageError
@@ -86,10 +87,8 @@ class Lissa(CurvatureSolver):
         largest = 0.0
         batches = self._minibatches(curvature, 0)
         for _ in range(SCALE_BATCHES):
-            batch = next(batches)
-            smallest, biggest = extreme_eigenvalues(
-                lambda v, b=batch: curvature.batch_product(b, v), curvature.dim, like, self.seed, steps=12
-            )
+            product = functools.partial(curvature.batch_product, next(batches))
+            smallest, biggest = extreme_eigenvalues(product, curvature.dim, like, self.seed, steps=12)
             largest = max(largest, biggest, -smallest)
         return largest
 
@@ -103,6 +102,12 @@ class Lissa(CurvatureSolver):
         while True:
             ids = generator.choice(count, min(self.batch_size, count), replace=False)
             yield curvature.samples.batch(ids.tolist())
+
+    def passes(self) -> str:
+        """Say how many minibatches are read."""
+        steps = LARGEST_AUTO_DEPTH if self.recursion_depth == "auto" else self.recursion_depth
+        repeats = LARGEST_AUTO_REPEATS if self.repeats == "auto" else self.repeats
+        return f" ≤ {steps * repeats} minibatches of {self.batch_size}"
 
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
         """Return the function that iterates."""
@@ -223,7 +228,8 @@ class _Recursion:
         """Stop a recursion that diverges.
 
         Raises:
-            StageError: with the scale or the damping that would have worked.
+            StageError: with the scale that would have worked.
+            NotPositiveDefinite: with the damping that would have.
         """
         if step % 8 and step != self.depth:
             return
@@ -236,7 +242,7 @@ class _Recursion:
             self.curvature.product, self.curvature.dim, like, self.settings.seed, steps=40
         )
         if smallest + self.damping < 0:
-            raise not_positive(smallest, largest, self.damping, self.curvature.kind)
+            raise NotPositiveDefinite(smallest, largest, self.damping, self.curvature.kind)
         needed = SCALE_MARGIN * self.settings._largest(self.curvature) + self.damping
         if needed <= self.scale:
             raise StageError(

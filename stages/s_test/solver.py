@@ -83,6 +83,10 @@ class Solver(BaseModel):
             StageError: with the bytes needed and what would do.
         """
 
+    def passes(self) -> str:
+        """Say, for people, how often the training set is read for each block."""
+        return ""
+
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
         """Return the function that solves, with whatever it sets up once."""
         raise NotImplementedError(f"{type(self).__name__}.start")
@@ -143,7 +147,8 @@ class CurvatureSolver(Solver):
 
 def norms(vectors_TD: Tensor) -> Tensor:
     """Return the Euclidean norm of each row, (T,), in double precision."""
-    return torch.linalg.vector_norm(vectors_TD, dim=1, dtype=torch.float64)
+    found: Tensor = torch.linalg.vector_norm(vectors_TD, dim=1, dtype=torch.float64)
+    return found
 
 
 def relative_residual(product: Product, damping: float, rhs_TD: Tensor, vectors_TD: Tensor) -> Tensor:
@@ -153,31 +158,31 @@ def relative_residual(product: Product, damping: float, rhs_TD: Tensor, vectors_
     return torch.where(scale > 0, left / scale.clamp_min(torch.finfo(torch.float64).tiny), left)
 
 
-def not_positive(smallest: float, largest: float, damping: float, kind: Kind) -> StageError:
-    """Make the error for an (H + λI) that is not positive definite.
+class NotPositiveDefinite(StageError):
+    """(H + λI) is not positive definite; the message names the damping that would do."""
 
-    Args:
-        smallest: smallest eigenvalue of H, or a bound from above.
-        largest: largest eigenvalue of H.
-        damping: λ.
-        kind: what H is.
+    def __init__(self, smallest: float, largest: float, damping: float, kind: Kind) -> None:
+        """Say what is so.
 
-    Returns:
-        The error, naming the damping that would do.
-    """
-    enough = max(1.1 * -smallest, 1e-6 * largest)
-    other = ', or use curvature = "ggn"' if kind == "hessian" else ""
-    return StageError(
-        f"H + λI is not positive definite: the smallest eigenvalue of H is about {smallest:.3g} "
-        f"(largest {largest:.3g}) and λ = {damping:.3g}. Use damping = {enough:.2g} or more{other}."
-    )
+        Args:
+            smallest: smallest eigenvalue of H, or a bound from above.
+            largest: largest eigenvalue of H.
+            damping: λ.
+            kind: what H is.
+        """
+        enough = max(1.1 * -smallest, 1e-6 * largest)
+        other = ', or use curvature = "ggn"' if kind == "hessian" else ""
+        super().__init__(
+            f"H + λI is not positive definite: the smallest eigenvalue of H is about {smallest:.3g} "
+            f"(largest {largest:.3g}) and λ = {damping:.3g}. Use damping = {enough:.2g} or more{other}."
+        )
 
 
-def refuse_negative(curvature: Curvature, product: Product, damping: float, seed: int) -> StageError:
+def negative_curvature(curvature: Curvature, product: Product, damping: float, seed: int) -> NotPositiveDefinite:
     """Make the error for negative curvature that a solver met, measuring the ends of the spectrum."""
     like = next(iter(curvature.function.params.values()))
     smallest, largest = extreme_eigenvalues(product, curvature.dim, like, seed, steps=60)
-    return not_positive(smallest, largest, damping, curvature.kind)
+    return NotPositiveDefinite(smallest, largest, damping, curvature.kind)
 
 
 Sample = Literal["all"] | Annotated[int, Field(gt=0)]
