@@ -136,7 +136,7 @@ def show(
     settings: SettingsFile,
     tests: Annotated[str | None, typer.Option("--tests", help="the test set; default the only one cached")] = None,
     test: Annotated[int | None, typer.Option(help="row of one test sample; default the average over all")] = None,
-    k: Annotated[int, typer.Option("-k", help="how many ids")] = 10,
+    k: Annotated[int | None, typer.Option("-k", help="how many ids; default 10")] = None,
     key: Annotated[str | None, typer.Option(help="which results, where several are cached")] = None,
 ) -> None:
     """Print the most helpful and most harmful training ids; needs neither model nor data.
@@ -155,7 +155,7 @@ def show(
     influences = ip.Influences.open(folder, tests, key)
     if test is not None and not 0 <= test < len(influences):
         raise ip.RequestError(f"--test {test}: {tests!r} has {len(influences)} test samples")
-    _table(influences, test, k)
+    _table(influences, test, min(10, len(influences.train_ids)) if k is None else k)
 
 
 def _cache(path: Path) -> Path:
@@ -169,7 +169,18 @@ def _summary(name: str, influences: ip.Influences) -> None:
     """Print what came out for one test set."""
     k = min(10, len(influences.train_ids))
     typer.echo(f"\n{name}: {len(influences)} tests × {len(influences.train_ids)} training samples")
+    typer.echo(", ".join(_evidence(influences)))
     _table(influences, None, k)
+
+
+def _evidence(influences: ip.Influences) -> list[str]:
+    """Say what speaks for the numbers, in pieces."""
+    pieces = []
+    if influences.damping is not None and influences.residual is not None:
+        pieces += [f"λ = {influences.damping:.4g}", f"largest residual {influences.residual.max():.2g}"]
+    if influences.gradient_norm is not None:
+        pieces.append(f"|ḡ + l2·θ| = {influences.gradient_norm:.2g} (influence assumes an optimum, 0)")
+    return pieces
 
 
 def _table(influences: ip.Influences, test: int | None, k: int) -> None:

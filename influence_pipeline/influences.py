@@ -48,6 +48,8 @@ class Influences:
         self.seconds = seconds
         self._solved = cache.find("s_test", identity["s_test"])
         self._trained = cache.find("grad_z", identity["grad_z"])
+        prepared = self._solved.attributes["reads"].get("curvature") if self._solved else None
+        self._prepared = cache.find("curvature", prepared) if prepared else None
 
     @classmethod
     def open(cls, cache: Path | str, tests: str, key: str | None = None) -> Influences:
@@ -75,7 +77,7 @@ class Influences:
                 lines.append(f'  key="{group.path.name.removeprefix(f"{tests}-")}"  {json.dumps(settings)}')
             raise RequestError(f"several results for {tests!r} in {folder.path}; choose one:\n" + "\n".join(lines))
         group = found[0]
-        if group.array("finished")[:4].tobytes() == bytes(4):
+        if not group.merged():
             raise MissingStage(f"the results for {tests!r} in {folder.path} are not complete: run the pipeline again")
         return cls(folder, group)
 
@@ -99,6 +101,11 @@ class Influences:
     def damping(self) -> float | None:
         """λ, absolute; None where s_test was removed."""
         return None if self._solved is None else float(self._solved.array("damping")[0])
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """How far the model is from an optimum, |ḡ + l2·θ|, where influence assumes 0; None where not measured."""
+        return None if self._prepared is None else float(self._prepared.array("gradient_norm")[()])
 
     def helpful(self, k: int = 10) -> tuple[Array, Array]:
         """Return ids (T, k) int64 and scores (T, k) float32, most helpful first; equal scores by ascending id.

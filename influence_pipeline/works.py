@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from influence_pipeline import plan
@@ -30,11 +30,12 @@ class Place:
     name: str
     identity: dict[str, Any]
     tests: str | None = None
+    reads: dict[str, str] = field(default_factory=dict)
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What the group says of itself."""
-        return {"stage": self.stage, "tests": self.tests, "identity": self.identity}
+        """What the group says of itself: ``reads`` names the groups that it was made of."""
+        return {"stage": self.stage, "tests": self.tests, "reads": self.reads, "identity": self.identity}
 
 
 class Works:
@@ -65,17 +66,17 @@ class Works:
         """Return where a test set's solutions are."""
         self.context.test(tests)
         identity = self.context.s_test_identity(tests)
-        return Place("s_test", group_name(tests, identity), identity, tests)
+        prepared = self.curvature_place()
+        return Place(
+            "s_test", group_name(tests, identity), identity, tests, {"curvature": prepared.name} if prepared else {}
+        )
 
     def influence_place(self, tests: str) -> Place:
         """Return where a test set's scores and rankings are."""
-        identity = {
-            "grad_z": self.grad_z_place().name,
-            "s_test": self.s_test_place(tests).name,
-            "higher_is_better": self.context.experiment.task.higher_is_better,
-            **self.settings.influence.model_dump(mode="json"),
-        }
-        return Place("influence", group_name(tests, identity), identity, tests)
+        reads = {"grad_z": self.grad_z_place().name, "s_test": self.s_test_place(tests).name}
+        higher_is_better = self.context.experiment.task.higher_is_better
+        identity = {**reads, "higher_is_better": higher_is_better, **self.settings.influence.model_dump(mode="json")}
+        return Place("influence", group_name(tests, identity), identity, tests, reads)
 
     # ---- works ---------------------------------------------------------------------------------------------------
 
@@ -205,6 +206,7 @@ class Works:
             stage,
             f"influence {tests}",
             inputs=inputs,
+            before=lambda: _check_fixed(context.train) if computed else None,
             memory_bytes=reads.memory_bytes,
             passes=f"{passes} pass{'es' * (passes > 1)} over {of}",
         )

@@ -11,9 +11,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
-import time
+import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,28 +78,47 @@ class Cache:
             WorkError: the folder cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            if not self.exists:
-                zarr.create_group(self.path, attributes={"influence_pipeline": FORMAT})
-            if not (self.path / stage / "zarr.json").exists():
-                zarr.create_group(self.path / stage)
-            return Group.create(self.path / stage / name, layout, attributes)
+            self._found()
+            with self._lock():
+                if not (self.path / stage / "zarr.json").exists():
+                    zarr.create_group(self.path / stage)
+                return Group.create(self.path / stage / name, layout, attributes)
         except OSError as error:
             raise WorkError(f"cache {self.path} cannot be written: {error}") from error
 
-    def _sweep(self) -> None:
-        """Remove what a killed process left half laid out; creating takes seconds, so an hour is old."""
-        for path in self.path.glob("*.partial"):
-            if time.time() - path.stat().st_mtime > 3600:
-                shutil.rmtree(path, ignore_errors=True)
-
     def remove(self, group: Group) -> None:
         """Remove a group, in one step for whoever looks."""
-        aside = self.path / f"{group.path.name}.removed.partial"
+        with self._lock():
+            aside = self.path / f"{group.path.name}.removed.partial"
+            group.path.rename(aside)
+            shutil.rmtree(aside)
+
+    def _found(self) -> None:
+        """Make the root where there is none; of several processes that try, one does.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.exists:
+            return
+        aside = self.path / f"{uuid.uuid4().hex}.partial"
+        zarr.create_group(aside, attributes={"influence_pipeline": FORMAT})
+        try:
+            (self.path / "zarr.json").hardlink_to(aside / "zarr.json")
+        except OSError:
+            if not self.exists:
+                raise
         shutil.rmtree(aside, ignore_errors=True)
-        group.path.rename(aside)
-        shutil.rmtree(aside)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Be the only process that adds or removes groups, after removing what a killed one left half laid out."""
+        with open(self.path / "zarr.json", "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for path in (*self.path.glob("*.partial"), *self.path.glob("*/*.partial")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield
 
 
 def group_name(set_name: str | None, identity: Identity) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import math
 import shutil
 import uuid
@@ -25,6 +26,8 @@ from influence_pipeline.cache.record import NOTHING, Record, digest
 from influence_pipeline.errors import CacheDamaged, WorkError
 from influence_pipeline.plan import tile_shape
 from stages.stage import Array, ArrayLike, ArraySpec, Block, Grid
+
+log = logging.getLogger(__name__)
 
 RECORDS, FINISHED, SCALE = "blocks", "finished", "scale"
 PARTIAL = "*.partial"
@@ -191,16 +194,18 @@ class Group:
         """Say whether merging was done, of the blocks as they are now."""
         if not layout.merged:
             return True
+        record = self.merged()
+        return record is not None and record.lengths == self._lengths(layout.merged_files())
+
+    def merged(self) -> Record | None:
+        """Return the record of what was merged, None where it is not of the blocks as they are now."""
         try:
             record = Record.from_bytes(self.array(FINISHED)[...])
         except Exception:  # noqa: BLE001 - as for blocks
-            return False
-        return (
-            record is not None
-            and record.rows == len(layout.grid)
-            and record.inputs == self.fingerprint(layout.grid)
-            and record.lengths == self._lengths(layout.merged_files())
-        )
+            return None
+        blocks = [Block(index, {}) for index in np.ndindex(self.array(RECORDS).shape[:-1])]
+        same = record is not None and record.rows == len(blocks) and record.inputs == self.fingerprint(blocks)
+        return record if same else None
 
     def fingerprint(self, blocks: Iterator[Block] | Grid | Sequence[Block]) -> bytes:
         """Return a digest of what some blocks hold, by their records."""
@@ -273,7 +278,11 @@ class Group:
     def lock(self) -> Iterator[None]:
         """Be the only process that changes this group; others wait. The lock ends with the process that holds it."""
         with open(self.path / "zarr.json", "rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("%s: another process is at work there; waiting for it", self.path)
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def sweep(self) -> None:
