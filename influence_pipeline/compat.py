@@ -53,8 +53,6 @@ Count = Annotated[int, Field(gt=0)]
 class Config(BaseModel):
     """The config, checked. None, False and a key left out stand for this package's defaults.
 
-    Two keys have further names, see ``ALIASES``.
-
     Attributes:
         outdir: folder of the JSON files; "outdir" by default.
         save_pth: folder of the cache; the folder "cache" in ``outdir`` by default.
@@ -63,7 +61,7 @@ class Config(BaseModel):
         calc_method: kept with the results; the function that is called decides.
         seed: of the choice of LiSSA's minibatches.
         gpu: −1 for the CPU, n for GPU n, or the CPU where there is no CUDA; by default a GPU where there is one.
-        recursion_depth: steps at most; "auto" goes on until the estimate has settled.
+        recursion_depth: steps at most; "auto", the default, goes on until the estimate has settled.
         r: recursions that are averaged; "auto" until their standard error is small.
         damp: the damping is λ = damp · scale, so it needs a number for ``scale``, unless it is 0. By default λ is
             0.1 times the mean eigenvalue.
@@ -117,10 +115,7 @@ class Config(BaseModel):
                 "(that package's scale was 25). Or leave damp out: λ is 0.1 times the mean eigenvalue then"
             )
         if checked.test_start_index and checked.test_sample_num is None:
-            raise RequestError(
-                f"config: test_start_index = {checked.test_start_index} needs test_sample_num, how many samples of "
-                "each class; or leave it out for the whole test set"
-            )
+            raise RequestError(f"config: test_start_index = {checked.test_start_index} needs test_sample_num, too")
         return checked
 
     def settings(self, batch_size: int | None, *, store: bool) -> Settings:
@@ -151,7 +146,8 @@ def init_logging(filename: str | Path | None = None) -> None:
 def get_default_config() -> dict[str, Any]:
     """Return a config: one test sample of each class, all else found from model and data.
 
-    That package's ``recursion_depth`` was 1, far from any answer; here it is "auto". ``gpu`` is 0 where there is CUDA.
+    ``recursion_depth`` is 5000 at most, as that package's documentation has it (its code had 1, far from any answer).
+    "auto" goes on until estimates have settled. ``gpu`` is 0 where there is CUDA.
     """
     return {
         **dict.fromkeys(("save_pth", "log_filename", "dataset", "num_classes", "r_averaging", "damp", "scale")),
@@ -161,7 +157,7 @@ def get_default_config() -> dict[str, Any]:
         "calc_method": "img_wise",
         "test_sample_num": 1,
         "test_start_index": False,
-        "recursion_depth": "auto",
+        "recursion_depth": 5000,
     }
 
 
@@ -216,12 +212,10 @@ def _calculate(given: Mapping[str, Any], model: nn.Module, train: Any, test: Any
         raise CacheMismatch(f"{error}\nIn this module: another save_pth, or outdir, is another cache") from error
     influences, harmful, helpful = _results(found)
     evidence = {"lambda": found.damping, "residual": found.residual, "harmful": harmful, "helpful": helpful}
-    num = config.test_sample_num or "all"
-    _write(
-        config.outdir / f"influences_results_meta_{config.test_start_index}-{num}.json",
-        {**given, "test_sample_index_list": found.test_ids, **evidence},
-    )
-    _write(config.outdir / f"influence_results_{config.test_start_index}_{num}.json", influences)
+    start, num = config.test_start_index, config.test_sample_num or "all"
+    meta = {**given, "test_sample_index_list": found.test_ids, **evidence}
+    _write(config.outdir / f"influences_results_meta_{start}-{num}.json", meta)
+    _write(config.outdir / f"influence_results_{start}_{num}.json", influences)
     return influences, harmful, helpful
 
 
@@ -235,8 +229,8 @@ def _selection(config: Config, tests: Any) -> tuple[str, PerClass]:
         return "tests", PerClass(tests, list(range(len(tests))))
     num = config.test_sample_num
     ids = list(per_class(tests, num, config.test_start_index).indices)
-    by_class = {int(targets_of(fetch(tests, "test_loader.dataset", i))): ids[n : n + num] for n, i in enumerate(ids)
-                if n % num == 0}  # fmt: skip
+    bands = [ids[n : n + num] for n in range(0, len(ids), num)]
+    by_class = {int(targets_of(fetch(tests, "test_loader.dataset", band[0]))): band for band in bands}
     classes = sorted(by_class) if config.num_classes is None else range(config.num_classes)
     missing = ", ".join(str(label) for label in classes if label not in by_class)
     if missing:
@@ -254,20 +248,19 @@ def _collate(*loaders: Any) -> Callable[[list[Any]], Any] | None:
     Raises:
         RequestError: the loaders have different ones.
     """
-    train, test = (getattr(loader, "collate_fn", None) for loader in loaders)
-    train, test = (None if function in (default_collate, default_convert) else function for function in (train, test))
+    given = [getattr(loader, "collate_fn", None) for loader in loaders]
+    train, test = (None if function in (default_collate, default_convert) else function for function in given)
     if train != test:
         raise RequestError("train_loader and test_loader have different collate_fn: give both the same function")
     return train
 
 
 def _device(gpu: int | None) -> str:
-    if gpu is None or gpu < 0:
-        return "auto" if gpu is None else "cpu"
-    if torch.cuda.is_available():
-        return f"cuda:{gpu}"
-    log.warning("config: gpu = %d, and there is no CUDA here: using the CPU", gpu)
-    return "cpu"
+    if gpu is None:
+        return "auto"
+    if gpu >= 0 and not torch.cuda.is_available():
+        log.warning("config: gpu = %d, and there is no CUDA here: using the CPU", gpu)
+    return f"cuda:{gpu}" if gpu >= 0 and torch.cuda.is_available() else "cpu"
 
 
 def _log_file(name: Path | None) -> Path | None:

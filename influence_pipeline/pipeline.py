@@ -178,7 +178,7 @@ class Pipeline:
 
     def _run(self, place: Place) -> Outcome:
         runtime = self.settings.runtime
-        with runner.logging_to(runtime.log_file), self._works.context.evaluating():
+        with runner.logging_to(runtime.log_file):
             work = self._works.work(place)
             group = self._open(place, work)
             with self._sent() as source:
@@ -340,9 +340,8 @@ def _compare(group: Group, data: DataSet, place: Place, among: Sequence[int]) ->
 
 
 def _rebuild(source: str | Path, settings: Settings, cache: str, place: Place, weights: str) -> tuple[Work, Group]:
-    """Make the work of a stage in a worker process, whose model is its own."""
+    """Make the work of a stage in a worker process."""
     experiment = _experiment(runner.take_shared(source) if isinstance(source, Path) else source)
-    experiment.model.eval()
     works = Works(Context(experiment, settings, weights), Cache(cache))
     group = works.find(place)
     assert group is not None

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Work:
         data: the data set along the grid's only axis; each sample's digest is kept beside what is computed of it.
         inputs: digest of whatever else a block reads.
         before: called once before the first block that is computed here.
+        computing: what surrounds all computing, such as the model's ``eval()`` mode.
         memory_bytes: what one process holds at once, beside model and data.
         passes: what it reads how often, for people.
     """
@@ -55,6 +56,7 @@ class Work:
     data: DataSet | None = None
     inputs: Callable[[Block], bytes] = lambda block: NOTHING
     before: Callable[[], None] = lambda: None
+    computing: Callable[[], AbstractContextManager[None]] = nullcontext
     memory_bytes: int = 0
     passes: str = ""
     _ready: bool = field(default=False, init=False)
@@ -147,7 +149,12 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
             return Outcome(0, len(work.stage.grid), time.monotonic() - began)
         group.sweep()
         log.info("%s: %d of %d blocks to compute, into %s", work.label, len(missing), len(work.stage.grid), group.path)
-        with _threads(runtime.workers), _named_errors(work.label), _Bar(work, missing, runtime.progress) as bar:
+        with (
+            _threads(runtime.workers),
+            _named_errors(work.label),
+            work.computing(),
+            _Bar(work, missing, runtime.progress) as bar,
+        ):
             if runtime.workers == 1 or len(missing) < 2:
                 for block in missing:
                     work.compute(block, group, bar.within(block))
@@ -209,7 +216,7 @@ def _block_in_worker(
         torch.set_num_threads(threads)
         _rebuilt[token] = rebuild()
     work, group = _rebuilt[token]
-    with logging_to(None if log_file is None else Path(log_file)), _named_errors(work.label):
+    with logging_to(None if log_file is None else Path(log_file)), _named_errors(work.label), work.computing():
         work.compute(work.stage.grid.block(index), group, lambda progress: None)
     return index
 

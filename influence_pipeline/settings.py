@@ -5,6 +5,7 @@ A setting that changes results is part of the identity of the arrays that it cha
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from pathlib import Path
@@ -150,7 +151,7 @@ class Settings(_Section):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise RequestError(_explain(error, "settings")) from None
+            raise RequestError(_explain(error)) from None
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Settings:
@@ -169,11 +170,9 @@ class Settings(_Section):
         except tomllib.TOMLDecodeError as error:
             raise RequestError(f"{path}: not valid TOML: {error}") from None
         try:
-            settings = cls.model_validate(values)
+            settings = cls(**values)
         except RequestError as error:
             raise RequestError(f"{path}: {error}") from None
-        except ValidationError as error:
-            raise RequestError(_explain(error, str(path))) from None
         return settings.relative_to(path.parent)
 
     def relative_to(self, folder: Path) -> Settings:
@@ -199,13 +198,25 @@ def check_name(name: str, where: str) -> str:
     return name
 
 
-def _explain(error: ValidationError, where: str) -> str:
-    lines = []
+def _explain(error: ValidationError) -> str:
+    """List what is wrong, a line for each setting."""
+    lines: dict[str, list[str]] = {}
+    sections: tuple[type[BaseModel], ...] = (
+        *(Settings, GradZSettings, InfluenceSettings, RuntimeSettings, TestSelection),
+        *solvers().values(),
+    )
+    known = {name for section in sections for name in section.model_fields} | {"relative"}
     for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"] if part not in solvers())
+        tests = problem["loc"][1:2] if problem["loc"][:1] == ("tests",) else ()
+        unknown = problem["type"] == "extra_forbidden"
+        last = problem["loc"][-1:] if unknown else ()
+        place = ".".join(str(part) for part in problem["loc"] if part in known or part in tests or part in last)
         message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "unknown setting"
-        found = "" if problem["type"] in ("missing", "extra_forbidden") else f" (found {problem['input']!r})"
-        lines.append(f"  {place or 'settings'}: {message}{found}")
-    return f"{where}: {len(lines)} setting{'s' * (len(lines) > 1)} wrong\n" + "\n".join(lines)
+        if unknown:
+            close = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+            message = "unknown setting" + (f"; did you mean {close[0]!r}?" if close else "")
+        elif problem["type"] != "missing":
+            message += f" (found {problem['input']!r})"
+        lines.setdefault(place or "settings", []).append(message)
+    wrong = f"{len(lines)} setting{'s are' if len(lines) > 1 else ' is'} wrong"
+    return "\n".join([wrong, *(f"  {place}: {'; or: '.join(found)}" for place, found in lines.items())])

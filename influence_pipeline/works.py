@@ -106,6 +106,7 @@ class Works:
             "grad_z",
             context.train,
             before=lambda: _check_fixed(context.train),
+            computing=context.evaluating,
             memory_bytes=needed,
             passes="1 pass over the training set",
         )
@@ -124,6 +125,7 @@ class Works:
             "curvature",
             inputs=lambda block: context.train_fingerprint,
             before=context.train.keep,
+            computing=context.evaluating,
             memory_bytes=3 * context.dim * context.function.dtype.itemsize * vectors,
             passes=f"{context.dim if solver.dense else plan.PROBE_VECTORS} products with H",
         )
@@ -150,6 +152,7 @@ class Works:
             data,
             inputs=lambda block: basis,
             before=before,
+            computing=context.evaluating,
             memory_bytes=for_one * at_once + (3 * 8 * context.dim**2 if solver.dense else 0),
             passes=f"solver {solver.solver}, {blocks} times{solver.passes()}",
         )
@@ -207,6 +210,7 @@ class Works:
             f"influence {tests}",
             inputs=inputs,
             before=lambda: _check_fixed(context.train) if computed else None,
+            computing=context.evaluating,
             memory_bytes=reads.memory_bytes,
             passes=f"{passes} pass{'es' * (passes > 1)} over {of}",
         )

@@ -18,7 +18,7 @@ from torch.func import grad, vjp, vmap
 
 from stages.batch import size
 from stages.parameters import ModelFunction, Parameters
-from stages.stage import Batch, Progress, Report, Samples, silent
+from stages.stage import Batch, Progress, Report, Samples, StageError, silent
 
 Kind = Literal["hessian", "ggn"]
 Product = Callable[[Tensor], Tensor]
@@ -81,15 +81,31 @@ class Curvature:
         return self.function.losses(params, batch).sum()
 
     def _sum(self, batch: Batch, vectors_TD: Tensor) -> Tensor:
-        """Return the sum over a batch, without the penalty."""
-        one = self._linear(batch)
+        """Return the sum over a batch, without the penalty.
+
+        Raises:
+            StageError: the model has an operation that lacks a derivative.
+        """
+        try:
+            return self._products(self._linear(batch), size(batch), vectors_TD)
+        except (RuntimeError, NotImplementedError) as error:
+            if "not implemented" not in str(error):
+                raise
+            raise StageError(
+                f"curvature = {self.kind!r} needs derivatives that an operation of this model does not have "
+                f"({str(error).splitlines()[0]}): replace that operation, choose parameters behind it, or use "
+                'solver = "identity"'
+            ) from error
+
+    def _products(self, one: Callable[[Parameters], Parameters], samples: int, vectors_TD: Tensor) -> Tensor:
+        """Apply a linear map to each row, several at once where that pays."""
 
         def flat(vector_D: Tensor) -> Tensor:
             return self.function.flatten(one(self.function.unflatten(vector_D)))
 
         # Many vectors at once save overhead for small work and lose to memory traffic for large; the bound
         # on (samples × vectors) was measured on models of 650 to 38,000 parameters.
-        together = max(512, min(16384, 2**25 // self.dim)) // size(batch)
+        together = max(512, min(16384, 2**25 // self.dim)) // samples
         if together > 1:
             products: Tensor = vmap(flat, chunk_size=together)(vectors_TD)
             return products.detach()

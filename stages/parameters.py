@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stages.batch import to_device
 from stages.stage import Batch, StageError
@@ -61,11 +62,15 @@ def select(model: nn.Module, globs: Sequence[str]) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into ``eval()`` mode, and back into the mode that it had."""
+    """Put every module into ``eval()`` mode, and back into the mode that it had.
+
+    Attention takes the plain kernel meanwhile: the fused ones have no second derivative.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -123,7 +123,7 @@ class Group:
             records = ArraySpec(RECORDS, (*names, "byte"), (*counts, width), "uint8", about=about)
             _create_array(group, records, "uint8", (*(1 for _ in counts), width), None)
             if layout.merged:
-                width = Record.size(len(layout.merged_files()))
+                width = Record.size(0)
                 finished = ArraySpec(FINISHED, ("byte",), (width,), "uint8", about="record of what was merged")
                 _create_array(group, finished, "uint8", (width,), None)
             with warnings.catch_warnings():
@@ -195,7 +195,7 @@ class Group:
         if not layout.merged:
             return True
         record = self.merged()
-        return record is not None and record.lengths == self._lengths(layout.merged_files())
+        return record is not None and record.samples == self._merged_lengths(layout)
 
     def merged(self) -> Record | None:
         """Return the record of what was merged, None where it is not of the blocks as they are now."""
@@ -232,6 +232,8 @@ class Group:
             WorkError: the disk refused; the block does not exist then.
         """
         try:
+            if self.record(block) is not None:
+                self.array(RECORDS)[block.index] = 0
             for spec in layout.arrays:
                 self._write(spec, spec.region(layout.grid, block), values[spec.name])
             lengths = self._lengths(layout.block_files(block))
@@ -248,10 +250,10 @@ class Group:
             WorkError: the disk refused.
         """
         try:
+            self.array(FINISHED)[...] = 0
             for spec in layout.merged:
                 self._write(spec, tuple(slice(0, n) for n in spec.shape), values[spec.name])
-            lengths = self._lengths(layout.merged_files())
-            record = Record(len(layout.grid), NOTHING, self.fingerprint(layout.grid), lengths)
+            record = Record(len(layout.grid), self._merged_lengths(layout), self.fingerprint(layout.grid), ())
             self.array(FINISHED)[...] = record.to_bytes()
         except OSError as error:
             raise WorkError(f"{self.path}: could not be written: {error}. Finished blocks are kept") from error
@@ -263,6 +265,10 @@ class Group:
                 self.array(SCALE)[region[0]] = scale
         target = self.array(spec.name)
         target[region if region else ...] = np.asarray(values, dtype=target.dtype)
+
+    def _merged_lengths(self, layout: Layout) -> bytes:
+        """Return a digest of the lengths of what is merged, of one size however many files growth makes of it."""
+        return digest([np.asarray(self._lengths(layout.merged_files()), dtype="<u8")])
 
     def _lengths(self, names: Sequence[str]) -> tuple[int, ...]:
         return tuple(self._length(self.path / name) for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 
 import torch
 from torch import Tensor
@@ -40,6 +41,14 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max()) / largest if largest else 0.0
 
 
+def describe(error: Exception) -> str:
+    """Return an error's type and text, with the line of the user's code that it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(part in f.filename for part in ("/torch/", "/stages/", "/influence_pipeline/"))]
+    places = "".join(f"\n  {frame.filename}, line {frame.lineno}: {frame.line}" for frame in own[-3:])
+    return f"{type(error).__name__}: {error}{places}"
+
+
 def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> None:
     """Refuse a model whose samples influence one another: compare a batch with its samples one at a time.
 
@@ -47,7 +56,12 @@ def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> N
         StageError: some sample's value depends on what else is in its batch.
     """
     with torch.no_grad():
-        together = values(function.params, batch)
+        try:
+            together = values(function.params, batch)
+        except StageError:
+            raise
+        except Exception as error:
+            raise StageError(f"the model or the task raised {describe(error)}") from error
         try:
             alone = torch.cat([values(function.params, take(batch, index)) for index in range(size(batch))])
         except StageError:
