@@ -70,7 +70,7 @@ class Work:
             about = "digest of each sample as it was read"
             arrays = (
                 *arrays,
-                ArraySpec(DIGESTS, (axis.name, "byte"), (axis.length, DIGEST_BYTES), "uint8", about=about),
+                ArraySpec(DIGESTS, (axis.name, "digest_byte"), (axis.length, DIGEST_BYTES), "uint8", about=about),
             )
         return Layout(self.stage.grid, arrays, self.stage.merged)
 
@@ -233,7 +233,7 @@ def _named_errors(label: str) -> Iterator[None]:
         yield
     except StageError as error:
         raise RequestError(f"{label}: {error}") from error
-    except MemoryError as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
         raise WorkError(f"{label}: out of memory: lower runtime.memory or runtime.workers ({error})") from error
 
 

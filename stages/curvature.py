@@ -85,6 +85,7 @@ class Curvature:
 
         Raises:
             StageError: the model has an operation that lacks a derivative.
+            RuntimeError: whatever else the model raised.
         """
         try:
             return self._products(self._linear(batch), size(batch), vectors_TD)

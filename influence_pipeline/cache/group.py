@@ -91,9 +91,16 @@ class Group:
     """A stage's arrays on disk."""
 
     def __init__(self, path: Path) -> None:
-        """Open the group at this folder."""
+        """Open the group at this folder.
+
+        Raises:
+            CacheDamaged: its description cannot be read.
+        """
         self.path = path
-        self._zarr = zarr.open_group(path, mode="r+")
+        try:
+            self._zarr = zarr.open_group(path, mode="r+")
+        except Exception as error:
+            raise CacheDamaged(f"{path}/zarr.json cannot be read ({error}): delete the folder and run again") from error
         self.attributes: dict[str, Any] = dict(self._zarr.attrs)
         self._arrays: dict[str, Any] = {}
 
@@ -124,7 +131,7 @@ class Group:
             _create_array(group, records, "uint8", (*(1 for _ in counts), width), None)
             if layout.merged:
                 width = Record.size(0)
-                finished = ArraySpec(FINISHED, ("byte",), (width,), "uint8", about="record of what was merged")
+                finished = ArraySpec(FINISHED, ("finished_byte",), (width,), "uint8", about="record of what was merged")
                 _create_array(group, finished, "uint8", (width,), None)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.batch import size
-from stages.grad_z.choose import check_neighbours, choose
+from stages.grad_z.choose import check_neighbours, choose, describe
 from stages.grad_z.technique import Technique, Values
 from stages.parameters import ModelFunction
 from stages.stage import (
@@ -77,14 +77,22 @@ class PerSample:
         """Yield, a batch at a time, the batch, its gradients (B, D) and its values (B,).
 
         Raises:
-            StageError: a gradient or a value is not finite; the message names the samples.
+            StageError: a gradient or a value is not finite, or the model raised; the message names the samples.
+            MemoryError: there is not enough.
+            OutOfMemoryError: not on the device.
         """
         if self._technique is None:
             self.check()
         assert self._technique is not None
         start = 0
         for batch in self.samples.batches(ids, self.batch_size):
-            grads, values = self._technique(self.function, self.values, batch)
+            try:
+                grads, values = self._technique(self.function, self.values, batch)
+            except (StageError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                where = f"{ids[start]} to {ids[min(start + self.batch_size, len(ids)) - 1]}"
+                raise StageError(f"at samples {where} the model or the task raised {describe(error)}") from error
             good = torch.isfinite(grads).all(dim=1) & torch.isfinite(values)
             if not good.all():
                 bad = [ids[start + int(i)] for i in torch.nonzero(~good).flatten()]

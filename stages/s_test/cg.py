@@ -6,13 +6,15 @@ All test samples of a block share the passes over the training set, and nothing 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from stages.curvature import Curvature
+from stages.curvature import Curvature, extreme_eigenvalues
 from stages.s_test.solver import (
     CurvatureSolver,
     Prepared,
@@ -24,9 +26,12 @@ from stages.s_test.solver import (
     norms,
     relative_residual,
 )
-from stages.stage import Progress, Report
+from stages.stage import Progress, Report, StageError
 
 log = logging.getLogger(__name__)
+
+HOPELESS = 10
+"""Largest relative residual that is kept; zero has 1, and iterates on the way to a solution may have a few times 1."""
 
 
 class Cg(CurvatureSolver):
@@ -51,7 +56,7 @@ class Cg(CurvatureSolver):
         return f" ≤ {self.max_iterations} passes over {of}"
 
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
-        """Return the function that iterates."""
+        """Return the function that iterates; it refuses an (H + λI) that is not, or hardly, positive definite."""
         damping = self.resolved(prepared)
         ids = fixed_sample(self.sample, len(curvature.samples), self.seed)
 
@@ -73,6 +78,8 @@ class Cg(CurvatureSolver):
             if vectors is None:
                 raise negative_curvature(curvature, lambda v: curvature.product(v, ids), damping, self.seed)
             residual = relative_residual(lambda v: curvature.product(v, ids), damping, rhs_TD, vectors)
+            if float(residual.max()) > HOPELESS:
+                raise self._hopeless(curvature, ids, damping, residual)
             missed = int((residual > 1.5 * self.tolerance).sum())
             if missed:
                 log.warning(
@@ -84,6 +91,24 @@ class Cg(CurvatureSolver):
             return Solution(vectors, residual, iterations)
 
         return solve
+
+    def _hopeless(self, curvature: Curvature, ids: Sequence[int], damping: float, residual: Tensor) -> StageError:
+        """Make the error for solutions that are far worse than zero, with a damping that would do.
+
+        The number of steps is at most ½√κ ln(2√κ / tolerance) for the condition number κ (Saad, 2003, 6.11.3).
+        """
+        like = next(iter(curvature.function.params.values()))
+        smallest, largest = extreme_eigenvalues(
+            lambda v: curvature.product(v, ids), curvature.dim, like, self.seed, steps=60
+        )
+        condition = (2 * self.max_iterations / math.log(2 * self.max_iterations / self.tolerance)) ** 2
+        enough = 1.1 * (max(0.0, -smallest) + largest / condition)
+        return StageError(
+            f"cg: the residual of {int((residual > HOPELESS).sum())} of {len(residual)} test samples is above "
+            f"{HOPELESS} (up to {float(residual.max()):.2g}) after {self.max_iterations} iterations, so that they are "
+            f"no solutions: H + λI is nearly singular, with eigenvalues of H from about {smallest:.3g} to "
+            f"{largest:.3g} and λ = {damping:.3g}. Use damping = {enough:.2g} or more, or raise max_iterations."
+        )
 
 
 def conjugate_gradients(

@@ -196,7 +196,7 @@ class _Recursion:
         steps = torch.full((len(rhs_TD),), self.depth, dtype=torch.int64)
         settled = torch.zeros(len(rhs_TD), dtype=torch.bool)
         rows = torch.arange(len(rhs_TD))
-        checkpoint = 1
+        checkpoint = 0
         batches = self.settings._minibatches(self.curvature, self.repeat)
         for step in range(1, self.depth + 1):
             batch = next(batches)
@@ -205,7 +205,7 @@ class _Recursion:
             current[rows] = active + gap / self.scale
             window[rows] += current[rows]
             self._check(rhs_TD, current, batch, step)
-            at_checkpoint = step == 2 * checkpoint
+            at_checkpoint = step == max(1, 2 * checkpoint)
             if at_checkpoint or step == self.depth:
                 if at_checkpoint:
                     found = window[rows] / (step - checkpoint)
