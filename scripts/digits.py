@@ -1,0 +1,41 @@
+"""scikit-learn's handwritten digits: 1797 images of 8 × 8, split in two, some of the training labels made wrong."""
+
+from typing import NamedTuple
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+
+class Digits(NamedTuple):
+    """Images (1, 8, 8) between 0 and 1 with their labels.
+
+    Attributes:
+        train: 1437 of them; ids are positions in this set.
+        test: the other 360, whose labels are right.
+        flipped: ids of the training samples whose label was changed, sorted.
+        true_labels: (1437,) the training labels as they were.
+    """
+
+    train: TensorDataset
+    test: TensorDataset
+    flipped: Tensor
+    true_labels: Tensor
+
+
+def digits(flipped: float = 0.0, seed: int = 0) -> Digits:
+    """Load the digits; a share ``flipped`` of the training samples gets a label drawn from the nine wrong ones."""
+    bunch = load_digits()
+    images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)
+    labels = torch.tensor(bunch.target)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    test, train = order[:360], order[360:]
+
+    changed = torch.randperm(len(train), generator=generator)[: round(flipped * len(train))].sort().values
+    given = labels[train].clone()
+    given[changed] = (given[changed] + torch.randint(1, 10, changed.shape, generator=generator)) % 10
+    return Digits(
+        TensorDataset(images[train], given), TensorDataset(images[test], labels[test]), changed, labels[train]
+    )

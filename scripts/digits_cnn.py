@@ -1,0 +1,41 @@
+"""A small convolutional network on handwritten digits, one in ten of whose training labels is wrong.
+
+python scripts/train.py digits_cnn
+influence-pipeline run scripts/digits_cnn.toml
+"""
+
+from digits import digits
+from torch import nn
+from torch.utils.data import Dataset
+from train import trained
+
+import influence_pipeline as ip
+
+TASK = ip.Classification(l2=1e-2)
+
+
+def network() -> nn.Module:
+    """Make the network, untrained: 38,282 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def data() -> tuple[Dataset, Dataset]:
+    """Load 1437 training samples with 144 wrong labels, and ten of each class that it is not trained on."""
+    loaded = digits(flipped=0.1)
+    return loaded.train, ip.per_class(loaded.test, 10)
+
+
+def experiment() -> ip.Experiment:
+    """Put together what the pipeline needs."""
+    train, test = data()
+    return ip.Experiment(trained("digits_cnn", network()), TASK, train, {"holdout": test})

@@ -1,0 +1,8 @@
+"""The gradient of every training sample: ``python scripts/run_grad_z.py EXPERIMENT.toml``, the same as ``influence-pipeline grad-z``."""
+
+import sys
+
+from influence_pipeline.cli import app
+
+if __name__ == "__main__":
+    app(["grad-z", *sys.argv[1:]], prog_name="influence-pipeline")

@@ -1,0 +1,137 @@
+"""What tests of the machine share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from joblib.externals.loky import get_reusable_executor
+
+import influence_pipeline as ip
+from influence_pipeline import plan
+from tests import tiny
+
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=50)
+hypothesis.settings.load_profile("fixed")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut every stage of the tiny experiment into several blocks."""
+    remember_blocks(monkeypatch)
+    tiny.shrink_blocks()
+
+
+def remember_blocks(patch: pytest.MonkeyPatch) -> None:
+    """Have the sizes of blocks set back at the end."""
+    for name in ("MOST_ROWS", "MOST_TESTS", "MOST_SCORED_TESTS"):
+        patch.setattr(plan, name, getattr(plan, name))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def make(cache: Path, small_blocks: None) -> Callable[..., ip.Pipeline]:
+    """Return what makes a pipeline of the tiny experiment; takes sections of settings, and arguments of Experiment."""
+
+    def make(folder: Path = cache, **changes: Any) -> ip.Pipeline:
+        sections = {name: changes.pop(name) for name in tiny.SECTIONS if name in changes}
+        return ip.Pipeline(tiny.experiment(**changes), folder, tiny.settings(**sections))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished cache of the tiny experiment, to be copied."""
+    folder = tmp_path_factory.mktemp("finished") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        remember_blocks(patch)
+        tiny.shrink_blocks()
+        ip.Pipeline(tiny.experiment(), folder, tiny.settings()).run()
+    return folder
+
+
+@pytest.fixture
+def done(finished: Path, cache: Path) -> Path:
+    """Return a finished cache that a test may damage."""
+    shutil.copytree(finished, cache)
+    return cache
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Small tensors are faster, and sums always the same, on one thread; each of two workers has one on two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def new_workers() -> Iterator[None]:
+    """Have worker processes started anew, and none left over."""
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)
+    yield
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)
+
+
+EXPERIMENT = """\
+import os
+import time
+
+from tests import tiny
+
+tiny.shrink_blocks()
+
+
+class Slow:
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, position):
+        time.sleep(float(os.environ.get("SECONDS_PER_SAMPLE", 0)))
+        return self.data[position]
+
+
+def experiment():
+    return tiny.experiment(train=Slow(tiny.points(60, 1)))
+
+
+def broken():
+    width = 0
+    return 1 / width
+
+
+def nothing():
+    return 42
+"""
+SETTINGS = """\
+experiment = "experiment.py:experiment"
+cache = "runs"
+[influence]
+top_k = 1
+[runtime]
+device = "cpu"
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, small_blocks: None) -> Path:
+    """Return the settings file of a project of its own folder, whose experiment is the tiny one."""
+    (tmp_path / "experiment.py").write_text(EXPERIMENT)
+    (tmp_path / "settings.toml").write_text(SETTINGS)
+    return tmp_path / "settings.toml"

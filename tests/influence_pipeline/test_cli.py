@@ -1,0 +1,258 @@
+"""The command line: exit codes, and what a user is told."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from influence_pipeline.cli import app
+from tests import tiny
+from tests.conftest import ROOT
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def invoke() -> Invoke:
+    """Return what runs a command in this process."""
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+def start(*words: object, seconds_per_sample: float = 0) -> subprocess.Popen[str]:
+    """Run a command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "influence_pipeline.cli", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SECONDS_PER_SAMPLE": str(seconds_per_sample)},
+    )
+
+
+def add(settings: Path, text: str) -> None:
+    """Put top-level lines in front of a settings file."""
+    settings.write_text(text + "\n" + settings.read_text())
+
+
+def refused(result: Result, *texts: str) -> None:
+    """Check that a request was refused in a few lines that say these."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
+    assert len(result.stderr.splitlines()) <= 8
+    for text in texts:
+        assert text in result.stderr
+
+
+def test_a_run_shows_ids_and_scores_and_where_they_are(invoke: Invoke, project: Path) -> None:
+    result = invoke("run", project)
+    assert result.exit_code == 0, result.output
+    assert "holdout: 10 tests × 60 training samples" in result.stdout
+    ids, scores = tiny_influences(project).helpful_on_average(1)
+    assert re.search(rf"^ +{ids[0]}  {re.escape(f'{scores[0]:+.3e}')}  label \d", result.stdout, re.MULTILINE)
+    assert f"in {project.parent / 'runs' / 'influence'}/holdout-" in result.stdout
+
+
+def tiny_influences(project: Path):  # noqa: ANN201
+    import influence_pipeline as ip
+
+    return ip.Influences.open(project.parent / "runs", "holdout")
+
+
+def test_every_stage_has_a_command_that_counts_its_blocks(invoke: Invoke, project: Path) -> None:
+    early = invoke("influence", project)
+    refused(early, "grad_z is not complete: 4 of 4 blocks", "influence-pipeline grad-z")
+    assert "4 of 4 blocks computed" in invoke("grad-z", project).stdout
+    assert "0 of 4 blocks computed" in invoke("grad-z", project).stdout
+    refused(invoke("influence", project), "s-test --tests holdout")
+    assert "s_test holdout: 3 of 3 blocks computed" in invoke("s-test", project).stdout
+    assert "holdout: 10 tests" in invoke("influence", project, "--tests", "holdout").stdout
+
+
+def test_a_plan_shows_what_is_missing_and_computes_nothing(invoke: Invoke, project: Path) -> None:
+    before = invoke("plan", project)
+    assert before.exit_code == 0, before.output
+    assert [re.split(r"  +", line)[2:4] for line in before.stdout.splitlines()[1:]] == [
+        ["0 / 4", "blocks"],
+        ["0 / 1", "blocks"],
+        ["0 / 3", "blocks"],
+        ["0 / 12", "blocks"],
+    ]
+    assert not (project.parent / "runs").exists()
+    invoke("run", project)
+    after = invoke("plan", project).stdout
+    assert after.count("complete") == 4
+    assert "4 / 4" in after
+
+
+def test_status_shows_what_is_cached_without_model_or_data(invoke: Invoke, project: Path) -> None:
+    assert "nothing is cached" in invoke("status", project).stdout
+    invoke("run", project)
+    (project.parent / "experiment.py").unlink()
+    result = invoke("status", project)
+    assert result.exit_code == 0, result.output
+    for text in ("4 sets of arrays", "4 / 4", "3 / 3", "12 / 12", "distance from an optimum", "largest residual", "λ ="):
+        assert text in result.stdout
+
+
+def test_show_prints_one_test_or_the_average_without_model_or_data(invoke: Invoke, project: Path) -> None:
+    refused(invoke("show", project), "--tests is needed", "nothing")
+    invoke("run", project)
+    (project.parent / "experiment.py").unlink()
+    average = invoke("show", project)
+    assert "most helpful on average over the tests" in average.stdout
+    one = invoke("show", project, "--test", 3, "-k", 2)
+    ids, _ = tiny_influences(project).helpful(2)
+    assert [int(line.split()[0]) for line in one.stdout.splitlines()[1:3]] == ids[3].tolist()
+    assert "for test 3  label" in one.stdout
+    refused(invoke("show", project, "--test", 10), "--test 10", "10 test samples")
+    refused(invoke("show", project, "-k", 61), "k = 61", "60 training samples")
+    refused(invoke("show", project, "-k", 0), "k = 0")
+    refused(invoke("show", project, "--tests", "nope"), "no results for 'nope'", "holdout")
+    refused(invoke("show", project, "--key", "nope"), "key nope")
+
+
+def test_another_key_is_asked_for_where_several_are_cached(invoke: Invoke, project: Path) -> None:
+    invoke("run", project)
+    project.write_text(project.read_text().replace("top_k = 1", "top_k = 2"))
+    invoke("run", project)
+    result = invoke("show", project)
+    refused(result, "several results for 'holdout'", 'key="')
+    key = re.findall(r'key="(\w+)"', result.stderr)[1]
+    assert invoke("show", project, "--key", key).exit_code == 0
+
+
+def test_an_unknown_test_set_is_refused_before_anything_is_computed(invoke: Invoke, project: Path) -> None:
+    for command in ("run", "plan", "s-test", "influence"):
+        refused(invoke(command, project, "--tests", "nope"), "no test set 'nope'", "the experiment has: holdout")
+    assert not (project.parent / "runs").exists()
+
+
+def test_a_wrong_settings_file_is_refused_with_its_name_and_setting(invoke: Invoke, project: Path) -> None:
+    refused(invoke("run", project.parent / "absent.toml"), "absent.toml: no such file")
+    project.write_text(project.read_text().replace("top_k", "topk"))
+    refused(invoke("run", project), str(project), "influence.topk: unknown setting")
+
+
+@pytest.mark.parametrize("missing", ["experiment", "cache"])
+def test_a_settings_file_without_experiment_or_cache_is_refused(invoke: Invoke, project: Path, missing: str) -> None:
+    lines = [line for line in project.read_text().splitlines() if not line.startswith(missing)]
+    project.write_text("\n".join(lines))
+    refused(invoke("run", project), f"{missing} is missing")
+
+
+@pytest.mark.parametrize(
+    ("reference", "text"),
+    [
+        ("absent.py:experiment", "absent.py: no such file"),
+        ("experiment.py:absent", "no function 'absent'"),
+        ("experiment.py:nothing", "must return an ip.Experiment, got int"),
+        ("experiment.py", 'must be "file.py:function"'),
+        ("no_such_package.module:experiment", "no_such_package"),
+    ],
+)
+def test_a_wrong_reference_is_refused(invoke: Invoke, project: Path, reference: str, text: str) -> None:
+    project.write_text(project.read_text().replace("experiment.py:experiment", reference))
+    refused(invoke("run", project), text)
+
+
+def test_an_error_in_the_experiments_file_shows_its_own_file_and_line(invoke: Invoke, project: Path) -> None:
+    project.write_text(project.read_text().replace("experiment.py:experiment", "experiment.py:broken"))
+    result = invoke("run", project)
+    file = project.parent / "experiment.py"
+    line = file.read_text().splitlines().index("    return 1 / width") + 1
+    refused(result, f"{file}, line {line}: return 1 / width", "ZeroDivisionError")
+    assert "site-packages" not in result.stderr
+    file.write_text("def broken(:\n")
+    syntax = invoke("run", project)
+    refused(syntax, "line 1", "SyntaxError")
+
+
+def test_a_mismatch_is_refused_until_new_is_said(invoke: Invoke, project: Path) -> None:
+    assert invoke("grad-z", project).exit_code == 0
+    project.write_text(project.read_text() + '\n[grad_z]\nencoding = "float32"\n')
+    refused(invoke("run", project), "encoding: float16 ≠ float32", "computes 60 gradients", "--new")
+    assert invoke("run", project, "--new").exit_code == 0
+    assert invoke("run", project).exit_code == 0
+
+
+def test_work_that_fails_is_exit_code_1_and_goes_on_later(invoke: Invoke, project: Path) -> None:
+    file = project.parent / "experiment.py"
+    good = file.read_text()
+    file.write_text(
+        good.replace(
+            "        return self.data[position]",
+            '        if position == 38:\n            raise OSError("disk on fire")\n        return self.data[position]',
+        )
+    )
+    failed = start("run", project)
+    out, err = failed.communicate(timeout=60)
+    assert failed.returncode == 1, err
+    assert "data set 'train' raised at sample 38: OSError: disk on fire" in err
+    assert "Traceback" not in out + err
+    kept = tiny.blocks(project.parent / "runs")
+    assert len(kept) == 2
+    file.write_text(good)
+    result = invoke("grad-z", project)
+    assert "2 of 4 blocks computed" in result.stdout
+
+
+@pytest.mark.parametrize(("workers", "number", "code"), [(1, "SIGINT", 130), (2, "SIGINT", 130), (2, "SIGTERM", 143), (1, "SIGTERM", 143)])
+def test_an_interrupted_run_keeps_its_progress(
+    invoke: Invoke, project: Path, workers: int, number: str, code: int
+) -> None:
+    with project.open("a") as settings:
+        settings.write(f'workers = {workers}\nlog_file = "log.txt"\n')
+    process = start("run", project, seconds_per_sample=0.03)
+    records = project.parent / "runs" / "grad_z"
+    try:
+        while not list(records.glob("*/blocks/c/*/0")) and process.poll() is None:
+            time.sleep(0.02)
+        os.killpg(process.pid, getattr(signal, number))
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == code, err
+    assert "interrupted: finished blocks are kept" in err
+    assert "Traceback" not in out + err
+    kept = tiny.blocks(project.parent / "runs")
+    assert kept
+    assert len(kept) < 4
+    assert f"{4 - len(kept)} of 4 blocks computed" in invoke("grad-z", project).stdout
+
+
+def test_a_log_file_has_what_happened_and_no_progress_bars(invoke: Invoke, project: Path) -> None:
+    with project.open("a") as settings:
+        settings.write('log_file = "logs/log.txt"\nprogress = true\n')
+    assert invoke("run", project).exit_code == 0
+    log = (project.parent / "logs" / "log.txt").read_text()
+    assert "4 of 4 blocks to compute" in log
+    assert "4 blocks computed" in log
+    assert "\r" not in log
+    assert "%|" not in log
+    first = len(log.splitlines())
+    invoke("run", project)
+    assert len((project.parent / "logs" / "log.txt").read_text().splitlines()) >= first
+
+
+def test_a_log_file_that_cannot_be_written_is_refused(invoke: Invoke, project: Path) -> None:
+    with project.open("a") as settings:
+        settings.write('log_file = "experiment.py/log.txt"\n')
+    refused(invoke("run", project), "runtime.log_file", "cannot be written")
+
+
+def test_help_without_a_command_needs_no_torch() -> None:
+    code = "import sys; from influence_pipeline.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "Training data attribution" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"

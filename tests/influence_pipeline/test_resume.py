@@ -1,0 +1,337 @@
+"""Whatever is cached is used, whatever is missing is computed, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import influence_pipeline as ip
+from tests import tiny
+from tests.conftest import ROOT
+
+Make = Callable[..., ip.Pipeline]
+Ask = Callable[..., dict[str, Any]]
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """Return what runs the tiny experiment in a child of a process that has loaded torch."""
+    command = [sys.executable, "-m", "tests.influence_pipeline.killed"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        assert server.stdin
+        assert server.stdout
+
+        def ask(**order: Any) -> dict[str, Any]:
+            print(json.dumps(order, default=str), file=server.stdin, flush=True)
+            answer: dict[str, Any] = json.loads(server.stdout.readline())
+            answer["computed"] = [tuple(block) for block in answer.get("computed", [])]
+            return answer
+
+        yield ask
+        server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def reference(ask: Ask, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Return the files of a run that nothing interrupted, and what it said."""
+    folder = tmp_path_factory.mktemp("reference") / "cache"
+    said = ask(cache=folder)
+    assert said["exit"] == 0
+    return tiny.files(folder), said
+
+
+@pytest.mark.parametrize("moment", range(KILLS))
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    ask: Ask, reference: tuple[dict[str, bytes], dict[str, Any]], cache: Path, moment: int
+) -> None:
+    expected, uninterrupted = reference
+    draw = random.Random(moment)
+    die_at = int((moment + draw.random()) / KILLS * uninterrupted["operations"])
+    killed = ask(cache=cache, die_at=die_at, how=("before", "half written", "after")[moment % 3])
+    assert killed["exit"] == -9
+    kept = tiny.blocks(cache)
+    resumed = ask(cache=cache)
+    assert resumed["exit"] == 0
+    assert tiny.files(cache) == expected
+    assert not kept & set(resumed["computed"])
+    assert sorted([*kept, *resumed["computed"]]) == sorted(uninterrupted["computed"])
+
+
+def test_kills_are_spread_over_all_stages(reference: tuple[dict[str, bytes], dict[str, Any]]) -> None:
+    computed = reference[1]["computed"]
+    assert {stage: sum(block[0] == stage for block in computed) for stage in ("grad_z", "s_test", "influence")} == {
+        "grad_z": 4,
+        "s_test": 3,
+        "influence": 12,
+    }
+
+
+def test_a_run_killed_twice_goes_on_to_the_same_bytes(
+    ask: Ask, reference: tuple[dict[str, bytes], dict[str, Any]], cache: Path
+) -> None:
+    for die_at in (200, 150, 100):
+        assert ask(cache=cache, die_at=die_at, how="half written")["exit"] == -9
+    assert ask(cache=cache)["exit"] == 0
+    assert tiny.files(cache) == reference[0]
+
+
+# ---- nothing twice ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Return the list to which every block is added that is computed from now on."""
+    from influence_pipeline.cache import Group
+
+    found: list[tuple[str, ...]] = []
+    commit = Group.commit
+
+    def committed(group: Group, layout: Any, block: Any, *args: Any, **kwargs: Any) -> None:
+        found.append((group.path.parent.name, *map(str, block.index)))
+        commit(group, layout, block, *args, **kwargs)
+
+    monkeypatch.setattr(Group, "commit", committed)
+    return found
+
+
+def count(computed: list[tuple[str, ...]]) -> dict[str, int]:
+    return {stage: sum(block[0] == stage for block in computed) for stage in sorted({block[0] for block in computed})}
+
+
+def test_a_finished_run_computes_nothing_and_writes_nothing(
+    done: Path, make: Make, computed: list[tuple[str, ...]]
+) -> None:
+    before = tiny.files(done)
+    pipeline = make()
+    assert pipeline.plan().complete
+    assert pipeline.grad_z().computed == 0
+    assert pipeline.s_test("holdout").computed == 0
+    pipeline.run()
+    assert computed == []
+    assert tiny.files(done) == before
+
+
+def test_planning_computes_nothing_and_writes_nothing(make: Make, cache: Path) -> None:
+    plan = make().plan()
+    assert not plan.complete
+    assert [stage.done for stage in plan.stages] == [0, 0, 0, 0]
+    assert not cache.exists()
+
+
+def test_another_test_set_uses_the_same_gradients(done: Path, make: Make, computed: list[tuple[str, ...]]) -> None:
+    tests = {"holdout": tiny.points(10, 2), "other": tiny.points(5, 3)}
+    make(tests=tests).run()
+    assert count(computed) == {"influence": 8, "s_test": 2}
+
+
+def test_another_solver_uses_the_same_gradients(done: Path, make: Make, computed: list[tuple[str, ...]]) -> None:
+    make(s_test={"solver": "identity"}).run()
+    assert count(computed) == {"influence": 12, "s_test": 3}
+
+
+def test_another_damping_uses_what_the_solver_prepared(done: Path, make: Make, computed: list[tuple[str, ...]]) -> None:
+    make(s_test={"solver": "cg", "damping": {"relative": 0.2}}).run()
+    assert count(computed) == {"influence": 12, "s_test": 3}
+
+
+def test_other_ranks_use_the_same_solutions(done: Path, make: Make, computed: list[tuple[str, ...]]) -> None:
+    make(influence={"top_k": 2}).run()
+    assert count(computed) == {"influence": 6}
+
+
+def test_a_plan_says_what_differs_from_what_is_cached(done: Path, make: Make) -> None:
+    plan = make(s_test={"solver": "cg", "tolerance": 0.01}).plan("holdout")
+    assert plan["grad_z"].complete
+    assert plan["s_test"].done == 0
+    assert plan["s_test"].differs == ("s_test.tolerance: 0.001 ≠ 0.01",)
+
+
+def test_a_grown_training_set_keeps_its_whole_blocks(done: Path, make: Make, computed: list[tuple[str, ...]]) -> None:
+    grown = make(train=tiny.points(70, 1)).run()["holdout"]
+    assert sorted(block for block in computed if block[0] == "grad_z") == [("grad_z", "3"), ("grad_z", "4")]
+    assert count(computed) == {"curvature": 1, "grad_z": 2, "influence": 15, "s_test": 3}
+    fresh = make(done.parent / "fresh", train=tiny.points(70, 1)).run()["holdout"]
+    assert (grown.scores[:] == fresh.scores[:]).all()
+    assert (grown.helpful(1)[0] == fresh.helpful(1)[0]).all()
+    assert make(train=tiny.points(70, 1)).plan().complete
+
+
+def test_a_grown_test_set_keeps_its_whole_blocks(done: Path, make: Make, computed: list[tuple[str, ...]]) -> None:
+    tests = {"holdout": tiny.points(13, 2)}
+    grown = make(tests=tests).run()["holdout"]
+    assert count(computed) == {"influence": 8, "s_test": 2}
+    fresh = make(done.parent / "fresh", tests=tests).run()["holdout"]
+    assert (grown.scores[:] == fresh.scores[:]).all()
+    assert (grown.mean_scores() == fresh.mean_scores()).all()
+
+
+def test_only_the_shape_of_metadata_changes_by_growing(done: Path, make: Make) -> None:
+    before = metadata(done)
+    make(train=tiny.points(70, 1), tests={"holdout": tiny.points(13, 2)}).run()
+    after = metadata(done)
+    assert before.keys() == after.keys()
+    shapes = {name for name in before if before[name].pop("shape", None) != after[name].pop("shape", None)}
+    assert shapes
+    assert before == after
+
+
+def metadata(cache: Path) -> dict[str, dict[str, Any]]:
+    return {name: json.loads(text) for name, text in tiny.files(cache).items() if name.endswith("zarr.json")}
+
+
+def test_metadata_stays_as_created_while_blocks_are_computed(make: Make, cache: Path) -> None:
+    pipeline = make()
+    pipeline.grad_z()
+    before = metadata(cache)
+    for block in sorted(cache.glob("grad_z/*/blocks/c/*/0"))[1:]:
+        block.unlink()
+    pipeline.run()
+    after = metadata(cache)
+    assert {name: after[name] for name in before} == before
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"model": lambda: tiny.model(1)}, "weights: "),
+        ({"grad_z": {"parameters": ["0.*"]}}, "parameters.2.weight: [3, 8] ≠ nothing"),
+        ({"grad_z": {"encoding": "float32"}}, "encoding: float16 ≠ float32"),
+    ],
+)
+def test_gradients_of_something_else_are_refused(
+    done: Path, make: Make, computed: list[tuple[str, ...]], changes: dict[str, Any], differs: str
+) -> None:
+    before = tiny.files(done)
+    with pytest.raises(ip.CacheMismatch) as refused:
+        make(**changes).run()
+    assert differs in str(refused.value)
+    assert "computes 60 gradients" in str(refused.value)
+    assert "KiB" in str(refused.value)
+    assert "--new" in str(refused.value)
+    assert refused.value.exit_code == 2
+    assert tiny.files(done) == before
+    make(**changes).run(new=True)
+    assert count(computed)["grad_z"] == 4
+    assert len(list(done.glob("grad_z/*/zarr.json"))) == 2
+    assert before.items() <= tiny.files(done).items()
+    make(**changes).run()
+    make().run()
+    assert count(computed)["grad_z"] == 4
+
+
+def changed(data: TensorDataset, position: int) -> TensorDataset:
+    """Return the data with one sample's label changed."""
+    inputs, labels = (tensor.clone() for tensor in data.tensors)
+    labels[position] = (labels[position] + 1) % 3
+    return TensorDataset(inputs, labels)
+
+
+def test_a_changed_training_sample_is_refused_by_name(done: Path, make: Make) -> None:
+    before = tiny.files(done)
+    with pytest.raises(ip.CacheMismatch, match=r"(?s)training set 'train'.*sample 15 differs.*train_name"):
+        make(train=changed(tiny.points(60, 1), 15)).run()
+    assert tiny.files(done) == before
+
+
+def test_a_changed_training_sample_is_refused_while_going_on(make: Make, cache: Path) -> None:
+    make().grad_z()
+    sorted(cache.glob("grad_z/*/blocks/c/*/0"))[2].unlink()
+    with pytest.raises(ip.CacheMismatch, match="sample 15 differs"):
+        make(train=changed(tiny.points(60, 1), 15)).grad_z()
+
+
+def test_other_data_under_a_test_sets_name_are_refused(done: Path, make: Make) -> None:
+    before = tiny.files(done)
+    for settings in ({"solver": "cg"}, {"solver": "identity"}):
+        with pytest.raises(ip.CacheMismatch, match=r"(?s)test set 'holdout'.*sample 7 differs.*another name"):
+            make(tests={"holdout": changed(tiny.points(10, 2), 7)}, s_test=settings).run()
+    assert tiny.files(done) == before
+
+
+def test_a_shrunk_data_set_is_refused(done: Path, make: Make) -> None:
+    before = tiny.files(done)
+    with pytest.raises(ip.CacheMismatch, match="60 samples of 'train', which has 50 now"):
+        make(train=tiny.points(50, 1)).run()
+    with pytest.raises(ip.CacheMismatch, match="10 samples of 'holdout', which has 5 now"):
+        make(tests={"holdout": tiny.points(5, 2)}).run()
+    assert tiny.files(done) == before
+
+
+def test_a_stage_asked_for_too_early_names_the_call(make: Make) -> None:
+    pipeline = make()
+    with pytest.raises(ip.MissingStage, match=r"pipeline\.grad_z\(\).*grad-z"):
+        pipeline.influence("holdout")
+    pipeline.grad_z()
+    with pytest.raises(ip.MissingStage, match=r"pipeline\.s_test\('holdout'\).*s-test --tests holdout"):
+        pipeline.influence("holdout")
+
+
+def test_an_unknown_test_set_is_refused_with_the_known_ones(make: Make, cache: Path) -> None:
+    with pytest.raises(ip.RequestError, match="no test set 'nope'; the experiment has: holdout"):
+        make().run("nope")
+    assert not cache.exists()
+
+
+def test_a_folder_of_other_things_is_no_cache(make: Make, cache: Path) -> None:
+    cache.mkdir()
+    (cache / "thesis.txt").write_text("precious")
+    with pytest.raises(ip.RequestError, match="other things"):
+        make()
+    assert (cache / "thesis.txt").read_text() == "precious"
+
+
+# ---- other ways to the same ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["float16", "float32"])
+def test_uncached_gradients_give_the_cached_scores(make: Make, cache: Path, encoding: str) -> None:
+    cached = make(grad_z={"encoding": encoding}).run()["holdout"]
+    pipeline = make(cache.parent / "uncached", grad_z={"encoding": encoding, "store": False})
+    uncached = pipeline.run()["holdout"]
+    torch.testing.assert_close(uncached.scores[:], cached.scores[:], rtol=1e-5, atol=1e-8)
+    assert (uncached.helpful(1)[0] == cached.helpful(1)[0]).all()
+    assert not list(cache.parent.glob("uncached/grad_z/*"))
+    with pytest.raises(ip.RequestError, match="grad_z.store = false"):
+        pipeline.grad_z()
+
+
+def test_any_device_batch_gives_the_same_scores(make: Make, cache: Path) -> None:
+    exact: dict[str, Any] = {"s_test": {"solver": "identity"}, "grad_z": {"encoding": "float32"}}
+    expected = make(**exact).run()["holdout"].scores[:]
+    for batch in (1, 7):
+        found = make(cache.parent / str(batch), runtime={"device_batch": batch}, **exact).run()["holdout"].scores[:]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * abs(expected).max())
+
+
+def test_two_workers_write_the_bytes_of_one(project: Path, new_workers: None) -> None:
+    ip.Pipeline.from_toml(project).run()
+    alone = project.parent / "runs"
+    alone.rename(project.parent / "alone")
+    with project.open("a") as settings:
+        settings.write("workers = 2\n")
+    ip.Pipeline.from_toml(project).run()
+    assert tiny.files(alone) == tiny.files(project.parent / "alone")
+
+
+def test_a_live_experiment_is_sent_to_workers(tmp_path: Path, new_workers: None) -> None:
+    """It is larger than one block, under the sizes that workers, too, have."""
+    experiment = tiny.experiment(train=tiny.points(1030, 1))
+    solver = {"solver": "identity"}
+    alone = ip.Pipeline(experiment, tmp_path / "alone", tiny.settings(s_test=solver)).run()["holdout"]
+    pipeline = ip.Pipeline(experiment, tmp_path / "sent", tiny.settings(s_test=solver, runtime={"workers": 2}))
+    assert pipeline.grad_z().computed == 2
+    assert (pipeline.run()["holdout"].scores[:] == alone.scores[:]).all()
+    assert tiny.files(tmp_path / "sent") == tiny.files(tmp_path / "alone")
