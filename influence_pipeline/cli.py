@@ -68,6 +68,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 @app.callback()
 def _main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("stages").setLevel(logging.INFO)  # how solvers fared, which technique was taken
 
 
 @app.command()

@@ -213,7 +213,8 @@ def _load_file(path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise RequestError(f"experiment: {path}: no such file")
-    name = f"influence_experiment_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    # By content, too: a file that was edited since it was last loaded here is another module.
+    name = f"influence_experiment_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

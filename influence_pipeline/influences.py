@@ -79,6 +79,9 @@ class Influences:
         group = found[0]
         if not group.merged():
             raise MissingStage(f"the results for {tests!r} in {folder.path} are not complete: run the pipeline again")
+        lost = group.lost_file()
+        if lost:
+            raise MissingStage(f"the results for {tests!r} have lost {lost}: run the pipeline again, it is made anew")
         return cls(folder, group)
 
     @property
@@ -90,7 +93,7 @@ class Influences:
         """
         if "scores" not in self._group:
             raise RequestError("scores were not stored (influence.store_scores = false): only rankings are there")
-        return self._group.array("scores")
+        return self._group.zarr_array("scores")
 
     @property
     def residual(self) -> Array | None:
@@ -188,7 +191,7 @@ class Influences:
                     "label": self._label(row),
                     "num_in_dataset": row,
                     "time_calc_influence_s": self.seconds / len(self.test_ids),
-                    "influence": self.scores[row].tolist() if stored else [],
+                    "influence": self._group.array("scores")[row].tolist() if stored else [],
                     "harmful": self._ranked_ids("harmful", row, ranks),
                     "helpful": self._ranked_ids("helpful", row, ranks),
                 }
@@ -241,7 +244,7 @@ class Influences:
                 "or with influence.store_scores = true"
             )
         pick = top_k if side == "helpful" else bottom_k
-        rows = [pick(self.scores[row : row + 1], self.train_ids, k) for row in range(len(self))]
+        rows = [pick(self._group.array("scores")[row : row + 1], self.train_ids, k) for row in range(len(self))]
         return np.concatenate([ids for ids, _ in rows]), np.concatenate([scores for _, scores in rows])
 
     def _ranked_ids(self, side: str, row: int, k: int) -> list[int]:
@@ -252,7 +255,7 @@ class Influences:
             found: list[int] = kept[row, :k].tolist()
             return found
         pick = top_k if side == "helpful" else bottom_k
-        ranked: list[int] = pick(self.scores[row : row + 1], self.train_ids, k)[0][0].tolist()
+        ranked: list[int] = pick(self._group.array("scores")[row : row + 1], self.train_ids, k)[0][0].tolist()
         return ranked
 
     def _on_average(self, pick: Any, k: int) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from influence_pipeline import runner
 from influence_pipeline.cache import Cache, Group, Layout, nearest
 from influence_pipeline.context import Context, sentinels
-from influence_pipeline.errors import CacheMismatch, MissingStage, RequestError
+from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError
 from influence_pipeline.experiment import Experiment, load
 from influence_pipeline.influences import Influences
 from influence_pipeline.plan import Plan, StagePlan, show_bytes
@@ -120,10 +121,10 @@ class Pipeline:
         Raises:
             MissingStage: gradients or solutions are not complete; the message has the call that makes them.
         """
+        place = self._works.influence_place(tests)
         if self.settings.grad_z.store:
             self._require(self._works.grad_z_place(), "grad_z()", "grad-z")
         self._require(self._works.s_test_place(tests), f"s_test({tests!r})", f"s-test --tests {tests}")
-        place = self._works.influence_place(tests)
         outcome = self._run(place)
         self._seconds[tests] = self._seconds.get(tests, 0.0) + outcome.seconds
         group = self._works.find(place)
@@ -268,7 +269,9 @@ class Pipeline:
         for group in self.cache.groups("s_test"):
             if group.attributes["tests"] == tests:
                 count = min(len(data), group.array(DIGESTS).shape[0])
-                _compare(group, data, Place("s_test", group.path.name, {}, tests), range(count))
+                # What cannot be read is found, and made anew, when that group is asked for.
+                with contextlib.suppress(CacheDamaged):
+                    _compare(group, data, Place("s_test", group.path.name, {}, tests), range(count))
 
     def _plan(self, place: Place) -> StagePlan:
         work, group = self._works.work(place), self._works.find(place)
@@ -326,10 +329,9 @@ def _compare(group: Group, data: DataSet, place: Place, among: Sequence[int]) ->
     Raises:
         CacheMismatch: naming the samples that differ.
     """
-    kept = group.array(DIGESTS)[:]
-    known = [i for i in (among[position] for position in sentinels(len(among))) if kept[i].any()]
-    same = np.all(data.digests(known) == kept[known], axis=1) if known else []
-    changed = [i for i, equal in zip(known, same, strict=True) if not equal]
+    stored = group.array(DIGESTS)
+    kept = {i: stored[i] for i in (among[position] for position in sentinels(len(among)))}
+    changed = [i for i, digest in kept.items() if digest.any() and not np.array_equal(data.digests([i])[0], digest)]
     if changed:
         raise CacheMismatch(
             f"{'test' if place.tests else 'training'} set {data.name!r} is not the one in the cache: "

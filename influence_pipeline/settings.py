@@ -40,7 +40,7 @@ def parse_bytes(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
     if not match or match[2] not in _UNITS:
         raise ValueError(f'{value!r} is no amount of memory: write a number of bytes, or for example "2 GiB"')
     return int(float(match[1]) * _UNITS[match[2]])

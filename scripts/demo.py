@@ -5,6 +5,8 @@ test digits have right labels and were not trained on; influence tells what trai
 their loss. What is cached is not computed again.
 """
 
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +15,27 @@ from train import FOLDER, train
 
 import influence_pipeline as ip
 
-SETTINGS = Path(__file__).parent / "digits_cnn.toml"
+SETTINGS = Path(__file__).resolve().parent / "digits_cnn.toml"
 
 
 def main() -> None:
     if not (FOLDER / "digits_cnn.pt").is_file():
         train("digits_cnn")
     pipeline = ip.Pipeline.from_toml(SETTINGS)
-    print(pipeline.plan(), flush=True)
-    influences = pipeline.run()["holdout"]
+    print(f"\n{pipeline.plan()}\n", flush=True)
+    gradients = pipeline.grad_z()
+    print(f"grad_z     {gradients.seconds:.1f} s", flush=True)
+    solutions = pipeline.s_test("holdout")
+    print(f"s_test     {solutions.seconds:.1f} s", flush=True)
+    influences = pipeline.influence("holdout")
     show(influences)
+
+    cache = pipeline.cache.path.resolve()
+    command = shutil.which("influence-pipeline") or Path(sys.executable).with_name("influence-pipeline")
     print(
-        f"\nresults   {influences.path}\n"
-        f"again     influence-pipeline show {SETTINGS}\n"
-        f'in Python ip.Influences.open("{pipeline.cache.path}", "holdout").harmful(k=10)'
+        f"\nresults    {cache / 'influence' / f'{influences.tests}-{influences.key}'}\n"
+        f"once more  {command} show {SETTINGS}\n"
+        f'in Python  ip.Influences.open("{cache}", "holdout").harmful(k=10)'
     )
 
 

@@ -12,7 +12,7 @@ from train import trained
 
 import influence_pipeline as ip
 
-TASK = ip.Regression(l2=1e-2)
+TASK = ip.Regression(l2=1e-1)
 
 
 def network() -> nn.Module:

@@ -1,4 +1,4 @@
-"""All stages: ``python scripts/run_all.py EXPERIMENT.toml``, the same as ``influence-pipeline run``."""
+"""All stages: ``python scripts/run_all.py EXPERIMENT.toml`` is ``influence-pipeline run …``."""
 
 import sys
 

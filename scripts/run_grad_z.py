@@ -1,4 +1,4 @@
-"""The gradient of every training sample: ``python scripts/run_grad_z.py EXPERIMENT.toml``, the same as ``influence-pipeline grad-z``."""
+"""All training gradients: ``python scripts/run_grad_z.py EXPERIMENT.toml`` is ``influence-pipeline grad-z …``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Scores and rankings: ``python scripts/run_influence.py EXPERIMENT.toml``, the same as ``influence-pipeline influence``."""
+"""Scores and rankings: ``python scripts/run_influence.py EXPERIMENT.toml`` is ``influence-pipeline influence …``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The solution for every test sample: ``python scripts/run_s_test.py EXPERIMENT.toml``, the same as ``influence-pipeline s-test``."""
+"""All solutions: ``python scripts/run_s_test.py EXPERIMENT.toml`` is ``influence-pipeline s-test …``."""
 
 import sys
 

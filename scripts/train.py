@@ -5,6 +5,7 @@ machine, and influence is about one model. Weights that are there already are ke
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -26,7 +27,7 @@ def trained(name: str, model: nn.Module) -> nn.Module:
         RequestError: they were not trained yet, or are of another model.
     """
     path = FOLDER / f"{name}.pt"
-    command = f"python {Path(__file__)} {name}"
+    command = f"{sys.executable} {Path(__file__)} {name}"
     if not path.is_file():
         raise ip.RequestError(f"{path}: no weights yet. First: {command}")
     try:
@@ -83,9 +84,12 @@ def train(name: str) -> None:
     """Train one example and keep its weights."""
     example = import_module(name)
     began = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # batches are small; and the same weights on any number of cores
     torch.manual_seed(0)
     model, (data, _) = example.network(), example.data()
     EXAMPLES[name](model, example.TASK, data)
+    torch.set_num_threads(threads)
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.pt"
     partial = path.with_suffix(".partial")

@@ -21,7 +21,7 @@ import influence_pipeline as ip
 
 Floats = NDArray[np.float64]
 
-TRAIN, TESTS, LEFT_OUT, CLASSES = 400, 20, 100, 10
+TRAIN, TESTS, LEFT_OUT, CLASSES = 1000, 20, 100, 10
 L2 = 0.01
 """Of all 650 parameters, biases too."""
 

@@ -23,7 +23,7 @@ import zarr
 
 from influence_pipeline.cache.group import Group, Layout
 from influence_pipeline.cache.identity import Identity, differences, key_of, nearest
-from influence_pipeline.errors import CacheMismatch, RequestError, WorkError
+from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError, WorkError
 
 FORMAT = 1
 STAGES = ("grad_z", "curvature", "s_test", "influence")
@@ -38,20 +38,28 @@ class Cache:
         """Name a cache; nothing is read or written.
 
         Raises:
+            CacheDamaged: the folder's description cannot be read.
             CacheMismatch: the folder is a cache of another format.
-            RequestError: the folder is a cache of another format, or holds something else.
+            RequestError: the folder holds something else.
         """
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"cache {self.path} is a file: name a folder")
         if (self.path / "zarr.json").exists():
-            attributes = dict(zarr.open_group(self.path, mode="r").attrs)
+            try:
+                attributes = dict(zarr.open_group(self.path, mode="r").attrs)
+            except Exception as error:
+                raise CacheDamaged(
+                    f"{self.path}/zarr.json cannot be read ({error}): delete that file and run again"
+                ) from error
             if attributes.get("influence_pipeline") != FORMAT:
                 raise CacheMismatch(
                     f"cache {self.path} has format {attributes.get('influence_pipeline', 'of something else')}, "
                     f"this is format {FORMAT}: name another folder"
                 )
-        elif self.path.exists() and any(p for p in self.path.iterdir() if not p.name.endswith(".partial")):
+        elif self.path.exists() and any(
+            p for p in self.path.iterdir() if p.name not in STAGES and not p.name.endswith(".partial")
+        ):
             raise RequestError(f"cache {self.path} is a folder with other things in it: name a new one")
 
     @property

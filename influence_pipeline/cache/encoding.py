@@ -11,6 +11,7 @@ from stages.stage import Array
 
 TOP = 15
 """Rows are scaled so that their largest magnitude is in [2¹⁴, 2¹⁵): within half precision, far from its underflow."""
+BELOW_TOP = np.nextafter(np.float16(2**TOP), np.float16(0))
 LIMIT = 126
 """Scales are powers of two within ±126, so that they and their inverses are normal float32 numbers."""
 
@@ -31,7 +32,11 @@ def encode(rows_nD: Array, encoding: str) -> tuple[Array, Array | None]:
     _, exponent = np.frexp(largest)
     scale = np.ldexp(np.float32(1), np.clip(TOP - exponent, -LIMIT, LIMIT)).astype(np.float32)
     scale[largest == 0] = 1
-    return (rows_nD * scale).astype(np.float16), scale
+    kept = (rows_nD * scale).astype(np.float16)
+    if exponent.max(initial=0) == np.finfo(np.float32).maxexp:
+        # Rounded up, the largest float32 numbers would come back as infinity.
+        np.clip(kept, -BELOW_TOP, BELOW_TOP, out=kept)
+    return kept, scale
 
 
 def decode(kept_nD: Array, scale_n1: Array | None) -> Array:

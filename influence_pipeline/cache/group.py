@@ -146,11 +146,24 @@ class Group:
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
-    def array(self, name: str) -> Any:
-        """Return the zarr array of this name."""
+    def zarr_array(self, name: str) -> Any:
+        """Return the zarr array of this name, to be written, or to be given to users.
+
+        Raises:
+            CacheDamaged: its description cannot be read.
+        """
         if name not in self._arrays:
-            self._arrays[name] = self._zarr[name].with_config({"write_empty_chunks": True})
+            try:
+                self._arrays[name] = self._zarr[name].with_config({"write_empty_chunks": True})
+            except Exception as error:
+                raise CacheDamaged(
+                    f"{self.path}/{name}/zarr.json cannot be read ({error}): delete {self.path} and run again"
+                ) from error
         return self._arrays[name]
+
+    def array(self, name: str) -> StoredArray:
+        """Return an array to be read."""
+        return StoredArray(self.zarr_array(name), self.path / name)
 
     def __contains__(self, name: str) -> bool:
         """Say whether the group has an array of this name."""
@@ -159,21 +172,11 @@ class Group:
     def rows(self, name: str) -> ArrayLike:
         """Return an array whose slices are decoded to float32."""
         scale = self.array(SCALE) if self.array(name).dtype == np.float16 else None
-        return DecodedRows(self.array(name), scale, str(self.path))
+        return DecodedRows(self.array(name), scale)
 
     def records(self) -> Array:
-        """Return all records, (…, byte) uint8.
-
-        Raises:
-            CacheDamaged: a record's checksum does not fit.
-        """
-        try:
-            records: Array = self.array(RECORDS)[...]
-        except Exception as error:
-            raise CacheDamaged(
-                f"{self.path}/{RECORDS}: cannot be read ({error}); delete this folder {RECORDS}"
-            ) from error
-        return records
+        """Return all records, (…, byte) uint8."""
+        return self.array(RECORDS)[...]
 
     def progress(self) -> tuple[int, int]:
         """Return how many blocks have a record, and how many there are."""
@@ -214,6 +217,17 @@ class Group:
         same = record is not None and record.rows == len(blocks) and record.inputs == self.fingerprint(blocks)
         return record if same else None
 
+    def lost_file(self) -> Path | None:
+        """Return a file that should be there when all is computed, and is not or is empty; it would read as filled."""
+        for name in sorted(self._zarr.array_keys()):
+            array = self.zarr_array(name)
+            counts = (math.ceil(n / s) for n, s in zip(array.shape, array.shards or array.chunks, strict=True))
+            for index in np.ndindex(*counts):
+                path = self.path.joinpath(name, "c", *map(str, index))
+                if not self._length(path):
+                    return path
+        return None
+
     def fingerprint(self, blocks: Iterator[Block] | Grid | Sequence[Block]) -> bytes:
         """Return a digest of what some blocks hold, by their records."""
         found = [self.record(block) for block in blocks]
@@ -240,11 +254,11 @@ class Group:
         """
         try:
             if self.record(block) is not None:
-                self.array(RECORDS)[block.index] = 0
+                self.zarr_array(RECORDS)[block.index] = 0
             for spec in layout.arrays:
                 self._write(spec, spec.region(layout.grid, block), values[spec.name])
             lengths = self._lengths(layout.block_files(block))
-            self.array(RECORDS)[block.index] = Record(block.rows, samples, inputs, lengths).to_bytes()
+            self.zarr_array(RECORDS)[block.index] = Record(block.rows, samples, inputs, lengths).to_bytes()
         except OSError as error:
             raise WorkError(
                 f"{self.path}: block {block.index} could not be written: {error}. Finished blocks are kept"
@@ -257,11 +271,11 @@ class Group:
             WorkError: the disk refused.
         """
         try:
-            self.array(FINISHED)[...] = 0
+            self.zarr_array(FINISHED)[...] = 0
             for spec in layout.merged:
                 self._write(spec, tuple(slice(0, n) for n in spec.shape), values[spec.name])
             record = Record(len(layout.grid), self._merged_lengths(layout), self.fingerprint(layout.grid), ())
-            self.array(FINISHED)[...] = record.to_bytes()
+            self.zarr_array(FINISHED)[...] = record.to_bytes()
         except OSError as error:
             raise WorkError(f"{self.path}: could not be written: {error}. Finished blocks are kept") from error
 
@@ -269,8 +283,8 @@ class Group:
         if spec.encoding:
             values, scale = encode(values, spec.encoding)
             if scale is not None:
-                self.array(SCALE)[region[0]] = scale
-        target = self.array(spec.name)
+                self.zarr_array(SCALE)[region[0]] = scale
+        target = self.zarr_array(spec.name)
         target[region if region else ...] = np.asarray(values, dtype=target.dtype)
 
     def _merged_lengths(self, layout: Layout) -> bytes:
@@ -306,8 +320,6 @@ class Group:
     def fits(self, layout: Layout) -> bool:
         """Say whether the group can hold a layout: all that differs is that axes of the grid are longer."""
         for spec in (*layout.stored, *layout.merged):
-            if spec.name not in self:
-                return False
             for dim, wanted, found in zip(spec.dims, spec.shape, self.array(spec.name).shape, strict=True):
                 grows = layout.grid.axis(dim.removesuffix("_block")) is not None
                 if wanted < found or (wanted > found and not grows):
@@ -319,42 +331,67 @@ class Group:
         records = ArraySpec(RECORDS, (), (*layout.grid.shape, self.array(RECORDS).shape[-1]))
         for spec in (*layout.stored, *layout.merged, records):
             if self.array(spec.name).shape != spec.shape:
-                self.array(spec.name).resize(spec.shape)
+                self.zarr_array(spec.name).resize(spec.shape)
         self._arrays.clear()
         self._zarr = zarr.open_group(self.path, mode="r+")
+
+
+class StoredArray:
+    """An array as it is read: damage is an error that names the place."""
+
+    def __init__(self, array: Any, path: Path) -> None:
+        """Read ``array``, which is kept at ``path``."""
+        self.shape: tuple[int, ...] = array.shape
+        self.dtype: np.dtype[Any] = array.dtype
+        self.path = path
+        self._array = array
+
+    def __getitem__(self, index: Any) -> Array:
+        """Return a part.
+
+        Raises:
+            WorkError: the disk refused.
+            CacheDamaged: a checksum does not fit.
+        """
+        try:
+            part: Array = self._array[index]
+        except OSError as error:
+            raise WorkError(f"{self.path}: {index} cannot be read: {error}") from error
+        except Exception as error:
+            raise self.damaged(index, str(error)) from error
+        return part
+
+    def damaged(self, index: Any, what: str) -> CacheDamaged:
+        """Make the error for a part that is not as it was written; it names the files that the part is in."""
+        parts = index if isinstance(index, tuple) else (index,)
+        spans = []
+        for part, length, shard in zip(parts, self.shape, self._array.shards or self._array.chunks, strict=False):
+            if not isinstance(part, slice):
+                break
+            start, stop, _ = part.indices(length)
+            spans.append(f"{start // shard}" if stop <= (start // shard + 1) * shard else "*")
+        files = "/".join([str(self.path), "c", *spans])
+        return CacheDamaged(f"{files} is damaged ({what}). Delete it and run again: what was in it is made anew")
 
 
 class DecodedRows:
     """Rows of float32 vectors, decoded as they are sliced."""
 
-    def __init__(self, kept: Any, scale: Any | None, where: str) -> None:
+    def __init__(self, kept: StoredArray, scale: StoredArray | None) -> None:
         """Decode ``kept`` by its row factors."""
         self.shape: tuple[int, ...] = kept.shape
-        self._kept, self._scale, self._where = kept, scale, where
+        self._kept, self._scale = kept, scale
 
     def __getitem__(self, index: Any) -> Array:
         """Return a part as float32.
 
         Raises:
-            WorkError: the disk refused.
-            CacheDamaged: a checksum does not fit, or a part was never written.
+            CacheDamaged: a part was never written.
         """
         index = index if isinstance(index, tuple) else (index,)
-        try:
-            kept = self._kept[index]
-            scale = None if self._scale is None else self._scale[index[0]]
-        except OSError as error:
-            raise WorkError(f"{self._where}: rows {index[0]} cannot be read: {error}") from error
-        except Exception as error:
-            raise CacheDamaged(
-                f"{self._where}: rows {index[0]} are damaged ({error}). Delete that folder's `{RECORDS}` entry of "
-                "this block, or the folder, and run again: it is computed anew"
-            ) from error
-        rows = decode(kept, scale)
+        rows = decode(self._kept[index], None if self._scale is None else self._scale[index[0]])
         if np.isnan(rows).any():
-            raise CacheDamaged(
-                f"{self._where}: rows {index[0]} have entries that were never written: delete the folder and run again"
-            )
+            raise self._kept.damaged(index, "entries that were never written")
         return rows
 
 

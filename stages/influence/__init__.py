@@ -97,8 +97,9 @@ class Influence(Stage):
         if not np.isfinite(scores).all():
             test, sample = np.argwhere(~np.isfinite(scores))[0]
             raise StageError(
-                f"the score of test {block.ids('test')[test]} and training sample {block.ids('sample')[sample]} "
-                f"is {scores[test, sample]}: a cached vector is damaged or beyond float32"
+                f"the score of test {self.test_ids[block.bounds['test']][test]} and training sample "
+                f"{self.train_ids[block.bounds['sample']][sample]} is {scores[test, sample]}: "
+                "a cached vector is damaged, or beyond float32"
             )
         ids = self.train_ids[block.bounds["sample"]]
         helpful_ids, helpful = top_k(scores, ids, self.top_k)

@@ -7,8 +7,8 @@ h = scale · x and damp = λ / scale this is the usual h ← v + (1 − damp) h 
 end, so that "damp 0.01, scale 25" means λ = 0.25.)
 
 One recursion's estimate is the average of its later half (Polyak & Juditsky, 1992): same fixed point, far less
-minibatch noise than its last iterate. Estimates at doubled depths are compared to see whether it has settled,
-estimates from other sequences of minibatches (``repeats``) are averaged and give the standard error.
+minibatch noise than its last iterate. It has settled where two doublings of the depth in a row change it by less than
+the tolerance. Estimates from other sequences of minibatches (``repeats``) are averaged and give the standard error.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Lissa(CurvatureSolver):
                 before = estimate - mean[rows]
                 mean[rows] += before / counts[rows].to(mean).unsqueeze(1)
                 squares[rows] += (before.double() * (estimate - mean[rows]).double()).sum(1).cpu()
-                if self.repeats == "auto" and repeat > 0:
+                if self.repeats == "auto" and repeat >= 2:
                     active &= ~(_standard_error(squares, counts) <= self.tolerance * norms(mean).cpu())
                 if not active.any():
                     break
@@ -194,7 +194,7 @@ class _Recursion:
         window, previous_window = torch.zeros_like(current), torch.zeros_like(current)
         estimate = current.clone()
         steps = torch.full((len(rhs_TD),), self.depth, dtype=torch.int64)
-        settled = torch.zeros(len(rhs_TD), dtype=torch.bool)
+        settled, calm = torch.zeros(2, len(rhs_TD), dtype=torch.bool)
         rows = torch.arange(len(rhs_TD))
         checkpoint = 0
         batches = self.settings._minibatches(self.curvature, self.repeat)
@@ -215,7 +215,9 @@ class _Recursion:
                     found = (previous_window[rows] + window[rows]) / (step - checkpoint // 2)
                 change = norms(found - estimate[rows]) / norms(found).clamp_min(torch.finfo(torch.float64).tiny)
                 estimate[rows] = found
-                done = (change <= self.settings.tolerance).cpu() & (step >= 8)
+                small = (change <= self.settings.tolerance).cpu() & (step >= 4)
+                done = small & (calm[rows] | (step == self.depth))
+                calm[rows] = small
                 settled[rows[done]] = True
                 steps[rows[done]] = step
                 rows = rows[~done]

@@ -101,7 +101,15 @@ def test_status_shows_what_is_cached_without_model_or_data(invoke: Invoke, proje
     (project.parent / "experiment.py").unlink()
     result = invoke("status", project)
     assert result.exit_code == 0, result.output
-    for text in ("4 sets of arrays", "4 / 4", "3 / 3", "12 / 12", "distance from an optimum", "largest residual", "λ ="):
+    for text in (
+        "4 sets of arrays",
+        "4 / 4",
+        "3 / 3",
+        "12 / 12",
+        "distance from an optimum",
+        "largest residual",
+        "λ =",
+    ):
         assert text in result.stdout
 
 
@@ -207,7 +215,9 @@ def test_work_that_fails_is_exit_code_1_and_goes_on_later(invoke: Invoke, projec
     assert "2 of 4 blocks computed" in result.stdout
 
 
-@pytest.mark.parametrize(("workers", "number", "code"), [(1, "SIGINT", 130), (2, "SIGINT", 130), (2, "SIGTERM", 143), (1, "SIGTERM", 143)])
+@pytest.mark.parametrize(
+    ("workers", "number", "code"), [(1, "SIGINT", 130), (2, "SIGINT", 130), (2, "SIGTERM", 143), (1, "SIGTERM", 143)]
+)
 def test_an_interrupted_run_keeps_its_progress(
     invoke: Invoke, project: Path, workers: int, number: str, code: int
 ) -> None:
@@ -228,6 +238,7 @@ def test_an_interrupted_run_keeps_its_progress(
     kept = tiny.blocks(project.parent / "runs")
     assert kept
     assert len(kept) < 4
+    project.write_text(project.read_text().replace("workers = 2", "workers = 1"))
     assert f"{4 - len(kept)} of 4 blocks computed" in invoke("grad-z", project).stdout
 
 

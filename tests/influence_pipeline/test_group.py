@@ -190,7 +190,8 @@ def test_a_flipped_bit_is_an_error_that_names_the_place(
     place = next(done.glob(f"{stage}/*/{name}"))
     assert str(place) in str(found.value)
     assert found.value.exit_code == 1
-    assert f"Delete {place}/c and run again" in str(found.value)
+    assert f"{place}/c" in str(found.value)
+    assert "Delete it and run again" in str(found.value)
     for path in chunks(done, stage, name):
         path.unlink()
     make().run()
@@ -208,7 +209,11 @@ def test_a_flipped_bit_in_a_record_is_a_block_without_record(done: Path, make: M
 
 @pytest.mark.parametrize(
     ("name", "harm"),
-    [("", empty), ("", truncate), *((name, harm) for name in ("label", "blocks") for harm in (delete, empty, truncate))],
+    [
+        ("", empty),
+        ("", truncate),
+        *((name, harm) for name in ("label", "blocks") for harm in (delete, empty, truncate)),
+    ],
 )
 def test_damaged_metadata_are_an_error_that_names_the_place(
     done: Path, make: Make, name: str, harm: Callable[[Path], None]

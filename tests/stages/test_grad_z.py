@@ -289,6 +289,28 @@ def test_an_infinite_gradient_of_a_finite_loss_is_named_by_its_id() -> None:
         list(per_sample(model, Data((x, labels)), Root()).rows([7, 20, 33, 39]))
 
 
+def test_an_infinite_loss_with_a_finite_gradient_is_named() -> None:
+    class Log(ClassTask):
+        def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+            return outputs.sum(1) - batch[1].log()
+
+    x, labels = labelled(40)
+    labels = torch.where(torch.arange(40) == 17, 0.0, 1.0).double()
+    with pytest.raises(StageError, match="for sample 17:"):
+        list(per_sample(nn.Linear(4, 3).double(), Data((x, labels)), Log()).rows(range(40)))
+
+
+def test_a_sample_that_makes_its_neighbours_nan_is_no_sample_of_its_own() -> None:
+    class Centred(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.where(x.isnan().any(), x.mean(0) + x, x))
+
+    x, labels = labelled()
+    x[11, 0] = float("nan")
+    with pytest.raises(StageError, match="with the samples around it"):
+        per_sample(Centred(4, 3).double(), Data((x, labels))).check()
+
+
 def test_all_zero_gradients_are_refused() -> None:
     model = perceptron(nn.ReLU())
     with torch.no_grad():
@@ -315,7 +337,9 @@ def test_a_loss_that_does_not_depend_on_the_parameters_is_refused(cut: str) -> N
         def outputs(self, model: nn.Module, batch: Any) -> Tensor:
             return model(batch[0]).detach() if cut == "detached" else batch[0][:, :3]
 
-    with pytest.raises(StageError, match="does not depend on any selected parameter"):
+    with pytest.raises(
+        StageError, match=r"(?s)every gradient is zero for all of .*does not depend on these parameters"
+    ):
         per_sample(perceptron(nn.Tanh()), Data(labelled()), Cut()).check()
 
 
@@ -429,3 +453,17 @@ def test_a_batch_with_texts_is_done_by_the_loop() -> None:
     expected = all_rows(per_sample(model, weighted, SquaredTask()))
     found = all_rows(per_sample(model, Listed((x, labels)), Texts()))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_a_sample_that_uses_no_selected_parameter_has_a_zero_row() -> None:
+    class Routed(ClassTask):
+        def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+            return model(batch[0]) if batch[1].sum().item() else batch[0][:, :3]
+
+        def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+            return outputs.square().sum(1)
+
+    x, _ = labelled(9)
+    labels = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1, 1])
+    found = all_rows(per_sample(nn.Linear(4, 3).double(), Data((x, labels)), Routed()))
+    assert found.any(dim=1).tolist() == labels.bool().tolist()

@@ -248,6 +248,7 @@ def test_a_singular_matrix_is_refused_by_exact_with_a_damping_that_works() -> No
 def test_cg_refuses_what_has_no_solution_with_a_damping_that_works(dtype: torch.dtype) -> None:
     """A right-hand side outside the range of a singular matrix: iterates grow without bound."""
     model = oracles.unused().model.to(dtype)
+    model.load_state_dict(make(oracles.unused).model.state_dict())
     x, labels = make(oracles.unused).data.tree
     singular = Case("", model, ClassTask(0.0), Data((x.to(dtype), labels)))
     solver, rhs = Cg(damping=0.0, max_iterations=100), torch.ones(2, len(singular.theta), dtype=dtype)
@@ -383,8 +384,7 @@ def test_lissa_over_minibatches_is_within_its_tolerance_of_the_regularised_inver
     solver = Lissa(damping=0.1, batch_size=9, tolerance=0.05, seed=seed, **given)
     found = solve(solver, case)
     expected = oracles.solution(dense(case, "ggn"), 0.1, rhs_for(case))
-    # Settled within the tolerance, and the standard error of what settled within it as well.
-    assert error(found.vectors, expected) < 2 * 0.05
+    assert error(found.vectors, expected) < 0.05
     assert error(found.vectors, oracles.solution(dense(case, "ggn"), 0.2, rhs_for(case))) > 4 * 0.05
 
 
@@ -395,7 +395,9 @@ def test_lissas_estimate_is_an_average_of_its_iterates_at_every_depth(depth: int
     flat = Case("", case.model, _Flat(3.0), case.data)
     solver = Lissa(damping=1.0, scale=4.0, recursion_depth=depth, batch_size=4, tolerance=1e-12)
     rhs = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(solve(solver, flat, rhs=rhs).vectors, rhs / 4, rtol=1e-12, atol=0)
+    found = solve(solver, flat, rhs=rhs)
+    torch.testing.assert_close(found.vectors, rhs / 4, rtol=1e-12, atol=0)
+    assert found.iterations.tolist() == [min(depth, 8)] * 3, "too few steps say nothing about having settled"
 
 
 class _Flat(ClassTask):
