@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1797 images of 8 × 8, split in two, some of the training labels made wrong."""
+"""scikit-learn's handwritten digits: 1797 images of 8 × 8, some held out, some of the others' labels made wrong."""
 
 from typing import NamedTuple
 
@@ -12,10 +12,10 @@ class Digits(NamedTuple):
     """Images (1, 8, 8) between 0 and 1 with their labels.
 
     Attributes:
-        train: 1437 of them; ids are positions in this set.
-        test: the other 360, whose labels are right.
+        train: those that are not held out; ids are positions in this set.
+        test: those that are, with right labels.
         flipped: ids of the training samples whose label was changed, sorted.
-        true_labels: (1437,) the training labels as they were.
+        true_labels: the training labels as they were.
     """
 
     train: TensorDataset
@@ -24,14 +24,14 @@ class Digits(NamedTuple):
     true_labels: Tensor
 
 
-def digits(flipped: float = 0.0, seed: int = 0) -> Digits:
+def digits(flipped: float = 0.0, held_out: int = 360, seed: int = 0) -> Digits:
     """Load the digits; a share ``flipped`` of the training samples gets a label drawn from the nine wrong ones."""
     bunch = load_digits()
     images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)
     labels = torch.tensor(bunch.target)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
-    test, train = order[:360], order[360:]
+    test, train = order[:held_out], order[held_out:]
 
     changed = torch.randperm(len(train), generator=generator)[: round(flipped * len(train))].sort().values
     given = labels[train].clone()

@@ -25,7 +25,6 @@ has_torch() {
 can_install() {
     "$1" - 2>/dev/null <<'EOF'
 import os, sys, sysconfig
-import pip
 managed = os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED"))
 sys.exit((managed and sys.prefix == sys.base_prefix) or not os.access(sysconfig.get_path("purelib"), os.W_OK))
 EOF
@@ -70,6 +69,7 @@ choose
 environment=$(prefix "$python")
 if ! up_to_date "$environment"; then
     echo "installing into $environment (once)" >&2
+    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null  # uv makes environments without
     has_torch "$python" || "$python" -m pip install --disable-pip-version-check "$torch"
     "$python" -m pip install --disable-pip-version-check --quiet --editable ".[$extra]"
     echo "$stamp" >"$environment/influence-pipeline.$extra"

@@ -10,7 +10,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky import get_reusable_executor, reusable_executor
 
 import influence_pipeline as ip
 from influence_pipeline import plan
@@ -79,11 +79,17 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def new_workers() -> Iterator[None]:
-    """Have worker processes started anew, and none left over."""
+def new_workers() -> None:
+    """Have worker processes started anew, which have no small blocks yet."""
     get_reusable_executor().shutdown(wait=True, kill_workers=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_workers_left() -> Iterator[None]:
+    """Leave no worker processes to the next module."""
     yield
-    get_reusable_executor().shutdown(wait=True, kill_workers=True)
+    if reusable_executor._executor is not None:
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
 EXPERIMENT = """\

@@ -124,8 +124,9 @@ class Cache:
         """Be the only process that adds or removes groups, after removing what a killed one left half laid out."""
         with open(self.path / "zarr.json", "rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            for path in (*self.path.glob("*.partial"), *self.path.glob("*/*.partial")):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for folder in (self.path, *(self.path / stage for stage in STAGES)):
+                for path in folder.glob("*.partial"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             yield
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+import influence_pipeline as ip
 from influence_pipeline.cli import app
 from tests import tiny
 from tests.conftest import ROOT
@@ -63,9 +64,7 @@ def test_a_run_shows_ids_and_scores_and_where_they_are(invoke: Invoke, project: 
     assert f"in {project.parent / 'runs' / 'influence'}/holdout-" in result.stdout
 
 
-def tiny_influences(project: Path):  # noqa: ANN201
-    import influence_pipeline as ip
-
+def tiny_influences(project: Path) -> ip.Influences:
     return ip.Influences.open(project.parent / "runs", "holdout")
 
 
@@ -263,7 +262,10 @@ def test_a_log_file_that_cannot_be_written_is_refused(invoke: Invoke, project: P
 
 
 def test_help_without_a_command_needs_no_torch() -> None:
-    code = "import sys; from influence_pipeline.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    code = (
+        "import sys; from influence_pipeline.cli import app; app(['--help'], standalone_mode=False); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "Training data attribution" in done.stdout
     assert done.stdout.splitlines()[-1] == "False"

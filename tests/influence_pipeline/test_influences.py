@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.utils.data import TensorDataset
 
 import influence_pipeline as ip
 from tests import tiny
@@ -100,17 +101,11 @@ def test_more_ranks_than_samples_are_refused_and_the_default_is_all(make: Make) 
 
 def test_equal_scores_are_ranked_by_id(make: Make) -> None:
     inputs, labels = tiny.points(1, 1).tensors
-    same = ip_points(inputs.repeat(40, 1), labels.repeat(40))
+    same = TensorDataset(inputs.repeat(40, 1), labels.repeat(40))
     found = make(train=same, s_test={"solver": "identity"}, influence={"top_k": 3}).run()["holdout"]
     for ids, _ in (found.helpful(3), found.harmful(3)):
         assert (ids == [0, 1, 2]).all()
     assert found.helpful_on_average(40)[0].tolist() == list(range(40))
-
-
-def ip_points(*tensors):  # noqa: ANN002, ANN201
-    from torch.utils.data import TensorDataset
-
-    return TensorDataset(*tensors)
 
 
 class Margin(ip.Classification):
@@ -254,7 +249,7 @@ def test_results_open_by_key_where_there_are_several(done: Path, make: Make) -> 
 
 
 def test_what_is_not_there_is_said_with_what_is(done: Path, tmp_path: Path) -> None:
-    with pytest.raises(ip.MissingStage, match="no results for 'nope' in .*; there is: holdout"):
+    with pytest.raises(ip.MissingStage, match=r"no results for 'nope' in .*; there is: holdout"):
         ip.Influences.open(done, "nope")
     with pytest.raises(ip.MissingStage, match="no results for 'holdout' with key 0123"):
         ip.Influences.open(done, "holdout", key="0123")

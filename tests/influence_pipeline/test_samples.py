@@ -88,7 +88,7 @@ def test_an_augmentation_that_was_not_seen_at_first_is_refused_when_it_is_read_a
 
 @pytest.mark.parametrize("data", [Stream(), [], Samples([]), 42, iter([1, 2])], ids=lambda data: type(data).__name__)
 def test_what_cannot_be_read_by_position_is_refused(data: Any) -> None:
-    with pytest.raises(ip.RequestError, match="data set 'train' is (empty|a .*__getitem__ and __len__)"):
+    with pytest.raises(ip.RequestError, match=r"data set 'train' is (empty|a .*__getitem__ and __len__)"):
         check_dataset(data, "train")
 
 

@@ -68,11 +68,11 @@ def test_most_harmful_digits_are_mislabelled(scripts: Path, capsys: pytest.Captu
         scripts,
         "digits_cnn",
         '[s_test]\nsolver = "cg"\ndamping = 0.015\ntolerance = 0.3\nsample = 128\n'
-        '[tests.few]\nof = "holdout"\nper_class = 3\n',
+        '[tests.few]\nof = "trusted"\nper_class = 3\n',
     )
     influences = ip.Pipeline.from_toml(path).run("few")["few"]
-    data = import_module("digits").digits(flipped=0.1)
-    assert len(data.flipped) == 144
+    data = import_module("digits").digits(flipped=0.1, held_out=0)
+    assert len(data.flipped) == 180
     assert (data.train.tensors[1] != data.true_labels).nonzero().flatten().tolist() == data.flipped.tolist()
 
     ids, scores = influences.harmful_on_average(50)
