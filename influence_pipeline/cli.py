@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 import influence_pipeline as ip
@@ -202,7 +204,7 @@ def _table(influences: ip.Influences, test: int | None, k: int) -> None:
     for left, right in zip(zip(helpful, helps, strict=True), zip(harmful, harms, strict=True), strict=True):
         cells = [f"{i:>8}  {score:+.3e}{_label(trains, positions[int(i)])}" for i, score in (left, right)]
         typer.echo(f"{cells[0]:<44}{cells[1]}")
-    typer.echo(f"in {influences._group.path}")
+    typer.echo(f"in {influences.path}")
 
 
 def _label(labels: Any, row: int) -> str:
@@ -226,20 +228,25 @@ def _brief(stage: str, identity: dict[str, Any]) -> str:
 
 
 def _receipts(group: Any) -> Sequence[str]:
-    """Say what was measured on the way."""
+    """Say what was measured on the way, of what is there already."""
     lines = []
-    if "gradient_norm" in group:
-        lines.append(
-            f"distance from an optimum |ḡ + l2·θ| = {float(group.array('gradient_norm')[()]):.3g} (influence assumes 0)"
-        )
-    found = [name for name in ("mean_eigenvalue", "largest_eigenvalue") if name in group]
-    lines += [f"{name.replace('_', ' ')} {float(group.array(name)[()]):.4g}" for name in found]
+    numbers = {
+        "gradient_norm": "distance from an optimum |ḡ + l2·θ| (influence assumes 0)",
+        "mean_eigenvalue": "mean eigenvalue",
+        "largest_eigenvalue": "largest eigenvalue",
+    }
+    for name, about in numbers.items():
+        value = float(group.array(name)[()]) if name in group else math.nan
+        if math.isfinite(value):
+            lines.append(f"{about}: {value:.3g}")
     if "residual" in group:
         residual, iterations = group.array("residual")[:], group.array("iterations")[:]
-        lines.append(
-            f"λ = {group.array('damping')[0]:.4g}, largest residual {residual.max():.2g}, "
-            f"iterations {iterations.min()} to {iterations.max()}"
-        )
+        there = np.isfinite(residual)
+        if there.any():
+            lines.append(
+                f"λ = {group.array('damping')[:][there][0]:.4g}, largest residual {residual[there].max():.2g}, "
+                f"iterations {iterations[there].min()} to {iterations[there].max()}"
+            )
     return lines
 
 

@@ -85,6 +85,11 @@ class Influences:
         return cls(folder, group)
 
     @property
+    def path(self) -> Path:
+        """The folder in the cache that these results are in."""
+        return self._group.path
+
+    @property
     def scores(self) -> Any:
         """The zarr array (T, N) float32; slice it, since it may be larger than memory.
 

@@ -49,6 +49,7 @@ class Work:
         computing: what surrounds all computing, such as the model's ``eval()`` mode.
         memory_bytes: what one process holds at once, beside model and data.
         passes: what it reads how often, for people.
+        unit: what an entry of its grid is, for people.
     """
 
     stage: Stage
@@ -59,6 +60,7 @@ class Work:
     computing: Callable[[], AbstractContextManager[None]] = nullcontext
     memory_bytes: int = 0
     passes: str = ""
+    unit: str = "samples"
     _ready: bool = field(default=False, init=False)
 
     @property
@@ -261,7 +263,7 @@ class _Bar:
         self._done = self._total - sum(block.rows for block in missing)
         # None: tqdm shows itself on a terminal only.
         self._bar: Any = tqdm(
-            total=self._total, initial=self._done, desc=work.label, unit=" samples", unit_scale=True,
+            total=self._total, initial=self._done, desc=work.label, unit=f" {work.unit}", unit_scale=True,
             disable=None if show else True, dynamic_ncols=True,
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ A setting that changes results is part of the identity of the arrays that it cha
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -179,9 +180,9 @@ class Settings(_Section):
         """Return these settings with relative paths made relative to a folder."""
         changed: dict[str, Any] = {}
         if self.cache is not None:
-            changed["cache"] = folder / self.cache
+            changed["cache"] = Path(os.path.normpath(folder / self.cache))
         if self.experiment is not None and self.experiment.partition(":")[0].endswith(".py"):
-            changed["experiment"] = str(folder / self.experiment)
+            changed["experiment"] = os.path.normpath(folder / self.experiment)
         if self.runtime.log_file is not None:
             changed["runtime"] = self.runtime.model_copy(update={"log_file": folder / self.runtime.log_file})
         return self.model_copy(update=changed)

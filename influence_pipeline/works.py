@@ -123,6 +123,7 @@ class Works:
         return Work(
             stage,
             "curvature",
+            unit="rows of H" if solver.dense else "parts",
             inputs=lambda block: context.train_fingerprint,
             before=context.train.keep,
             computing=context.evaluating,
@@ -154,7 +155,7 @@ class Works:
             before=before,
             computing=context.evaluating,
             memory_bytes=for_one * at_once + (3 * 8 * context.dim**2 if solver.dense else 0),
-            passes=f"solver {solver.solver}, {blocks} times{solver.passes()}",
+            passes=f"{solver.solver}, {blocks} block{'s' * (blocks > 1)}{solver.passes()}",
         )
 
     def _prepared(self) -> tuple[dict[str, ArrayLike], bytes]:
@@ -208,6 +209,7 @@ class Works:
         return Work(
             stage,
             f"influence {tests}",
+            unit="scores",
             inputs=inputs,
             before=lambda: _check_fixed(context.train) if computed else None,
             computing=context.evaluating,

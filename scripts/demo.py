@@ -33,7 +33,7 @@ def main() -> None:
     cache = pipeline.cache.path.resolve()
     command = shutil.which("influence-pipeline") or Path(sys.executable).with_name("influence-pipeline")
     print(
-        f"\nresults    {cache / 'influence' / f'{influences.tests}-{influences.key}'}\n"
+        f"\nresults    {influences.path.resolve()}\n"
         f"once more  {command} show {SETTINGS}\n"
         f'in Python  ip.Influences.open("{cache}", "trusted").harmful(k=10)'
     )

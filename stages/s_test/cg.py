@@ -53,7 +53,7 @@ class Cg(CurvatureSolver):
     def passes(self) -> str:
         """Say how often the training set is read."""
         of = "the training set" if self.sample == "all" else f"{self.sample} training samples"
-        return f" ≤ {self.max_iterations} passes over {of}"
+        return f" of ≤ {self.max_iterations} passes over {of}"
 
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
         """Return the function that iterates; it refuses an (H + λI) that is not, or hardly, positive definite."""

@@ -107,7 +107,7 @@ class Lissa(CurvatureSolver):
         """Say how many minibatches are read."""
         steps = LARGEST_AUTO_DEPTH if self.recursion_depth == "auto" else self.recursion_depth
         repeats = LARGEST_AUTO_REPEATS if self.repeats == "auto" else self.repeats
-        return f" ≤ {steps * repeats} minibatches of {self.batch_size}"
+        return f" of ≤ {steps * repeats} minibatches of {self.batch_size}"
 
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
         """Return the function that iterates."""
