@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -116,6 +117,9 @@ class Lissa(CurvatureSolver):
         if scale == "auto":
             scale = SCALE_MARGIN * float(prepared["largest_eigenvalue"][()]) + damping
         most = LARGEST_AUTO_REPEATS if self.repeats == "auto" else self.repeats
+        if damping > 0:
+            steps = scale / damping * math.log(1 / self.tolerance)
+            log.info("lissa: λ = %.3g, scale = %.3g: flat directions settle after about %.0f steps", damping, scale, steps)
         depth = LARGEST_AUTO_DEPTH if self.recursion_depth == "auto" else self.recursion_depth
 
         def solve(rhs_TD: Tensor, report: Report) -> Solution:
