@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     AnySolver = Solver
 else:
     AnySolver = Annotated[
-        __import__("typing").Union[tuple(solvers().values())],
+        Union[tuple(solvers().values())],  # noqa: UP007 - of what is found
         Field(discriminator="solver"),
         BeforeValidator(lambda given: {"solver": "cg", **given} if isinstance(given, dict) else given),
     ]

@@ -168,7 +168,8 @@ def _defined_by(task: Task, method: str) -> str:
     """
     for kind in type(task).__mro__:
         if method in vars(kind):
-            return kind.__qualname__
+            ours = kind.__module__.startswith("influence_pipeline.")
+            return f"influence_pipeline.{kind.__qualname__}" if ours else kind.__qualname__
     raise AttributeError(method)
 
 

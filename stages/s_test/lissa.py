@@ -119,7 +119,9 @@ class Lissa(CurvatureSolver):
         most = LARGEST_AUTO_REPEATS if self.repeats == "auto" else self.repeats
         if damping > 0:
             steps = scale / damping * math.log(1 / self.tolerance)
-            log.info("lissa: λ = %.3g, scale = %.3g: flat directions settle after about %.0f steps", damping, scale, steps)
+            log.info(
+                "lissa: λ = %.3g, scale = %.3g: flat directions settle after about %.0f steps", damping, scale, steps
+            )
         depth = LARGEST_AUTO_DEPTH if self.recursion_depth == "auto" else self.recursion_depth
 
         def solve(rhs_TD: Tensor, report: Report) -> Solution:
