@@ -69,8 +69,11 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.callback()
 def _main() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("stages").setLevel(logging.INFO)  # how solvers fared, which technique was taken
+    terminal = logging.StreamHandler()
+    # Warnings, and how solvers fared; what a log file gets beyond that is for the file alone.
+    terminal.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("stages"))
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[terminal])
+    logging.getLogger("stages").setLevel(logging.INFO)
 
 
 @app.command()
