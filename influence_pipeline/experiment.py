@@ -25,6 +25,7 @@ from influence_pipeline.errors import InfluenceError, RequestError
 from influence_pipeline.samples import PerClass, check_dataset
 from influence_pipeline.settings import check_name
 from influence_pipeline.task import Task
+from stages.grad_z.choose import describe
 from stages.stage import Array
 
 Data = Dataset[Any] | Callable[[], Dataset[Any]]
@@ -92,7 +93,7 @@ class Experiment:
             RequestError: it is no module.
         """
         if not isinstance(self._model, nn.Module):
-            made = self._model() if callable(self._model) else self._model
+            made = _call(self._model, "model") if callable(self._model) else self._model
             if not isinstance(made, nn.Module):
                 raise RequestError(
                     f"model must be a torch.nn.Module or a function that makes one, got {type(made).__name__}"
@@ -160,9 +161,24 @@ class Experiment:
         return np.arange(check_dataset(data, name), dtype=np.int64)
 
 
+def _call(make: Callable[[], Any], what: str) -> Any:
+    """Call a user's function that makes a model or a data set.
+
+    Raises:
+        InfluenceError: what it raised of that kind.
+        RequestError: it raised anything else; shown with its lines.
+    """
+    try:
+        return make()
+    except InfluenceError:
+        raise
+    except Exception as error:
+        raise RequestError(f"the function that makes {what!r} raised {describe(error)}") from error
+
+
 def _made(data: Data, name: str) -> Dataset[Any]:
     """Return a data set, calling the function that makes it where it is one."""
-    made: Any = data() if callable(data) and not hasattr(data, "__getitem__") else data
+    made: Any = _call(data, name) if callable(data) and not hasattr(data, "__getitem__") else data
     check_dataset(made, name)
     return cast("Dataset[Any]", made)
 

@@ -173,7 +173,7 @@ class Influences:
     def to_json(self, path: Path | str, k: int | None = None) -> None:
         """Write the JSON of pytorch_influence_functions, with the sign of this package (positive = helpful).
 
-        For each test id: ``label``, ``num_in_dataset`` (position in the test set), ``time_calc_influence_s`` (what
+        For each test id: ``label``, ``num_in_dataset`` (row among the test samples), ``time_calc_influence_s`` (what
         this process spent, by test; 0 where all was cached), ``influence`` (all scores, where they are stored),
         ``harmful`` and ``helpful`` (all ids where scores are stored, else those that were kept).
 

@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ import cloudpickle
 import joblib
 import torch
 from joblib.externals.loky import get_reusable_executor
-from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
 from influence_pipeline.cache import Group, Layout
@@ -196,10 +196,10 @@ def _in_workers(
     try:
         for index in parallel(joblib.delayed(_block_in_worker)(rebuild, token, i, threads, log_file) for i in blocks):
             bar.finished(blocks[index])
-    except TerminatedWorkerError as error:
+    except BrokenProcessPool as error:
         raise WorkError(
             f"{work.label}: a worker process died, out of memory perhaps: use fewer workers or less runtime.memory. "
-            "Finished blocks are kept; the same command goes on"
+            f"Finished blocks are kept; the same command goes on ({error})"
         ) from error
     except BaseException:
         get_reusable_executor(max_workers=runtime.workers).shutdown(wait=True, kill_workers=True)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from influence_pipeline.errors import CacheMismatch, RequestError, WorkError
 from influence_pipeline.task import targets_of
-from stages.batch import leaves, map_leaves, size, to_device
+from stages.batch import leaves, map_leaves, only_tensors, size, to_device
 from stages.stage import Array, Batch
 
 DIGEST_BYTES = 16
@@ -124,6 +124,7 @@ class DataSet:
                 _Fetch(self.data, self.name),
                 batch_size=None,
                 sampler=parts,
+                collate_fn=_Fetch.as_it_is,
                 num_workers=self._workers,
             )
             for part, samples in zip(parts, loader, strict=True):
@@ -139,6 +140,8 @@ class DataSet:
         if self._kept is not None or self._collate is not None:
             return
         one = self._collated([self.sample(0)])
+        if not only_tensors(one):
+            return
         sample_bytes = sum(leaf.numel() * leaf.element_size() for leaf in leaves(one) if isinstance(leaf, Tensor))
         if self._length * sample_bytes > self._keep_bytes:
             return
@@ -204,6 +207,11 @@ class _Fetch(Dataset[Any]):
     def __init__(self, data: Dataset[Any], name: str) -> None:
         self.data, self.name = data, name
 
+    @staticmethod
+    def as_it_is(samples: list[Any]) -> list[Any]:
+        """Keep the loader from making tensors of what the data set gave."""
+        return samples
+
     def __getitem__(self, positions: Sequence[int]) -> list[Any]:
         return [fetch(self.data, self.name, position) for position in positions]
 
@@ -253,8 +261,10 @@ def per_class(dataset: Dataset[Any], num: int, start: int = 0) -> PerClass:
         A subset; its ``indices`` are positions in ``dataset``.
 
     Raises:
-        RequestError: a class has fewer than ``start + num`` samples.
+        RequestError: a class has fewer than ``start + num`` samples, or these are no such numbers.
     """
+    if num < 1 or start < 0:
+        raise RequestError(f"per_class: num must be at least 1 and start at least 0, got {num} and {start}")
     length = check_dataset(dataset, "per_class")
     targets = getattr(dataset, "targets", None)
     if targets is None or len(targets) != length:

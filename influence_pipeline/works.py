@@ -166,7 +166,8 @@ class Works:
             return {}, digest([])
         names = (*solver.summary_names(), *(("matrix",) if solver.dense else ()))
         grid = self._curvature().stage.grid
-        return {name: group.array(name) for name in names}, digest([group.fingerprint(grid)])
+        basis = digest([self.context.train_fingerprint, group.fingerprint(grid)])
+        return {name: group.array(name) for name in names}, basis
 
     def _influence(self, tests: str) -> Work:
         context, settings = self.context, self.settings.influence
@@ -202,7 +203,8 @@ class Works:
                 return digest([])
             solutions = solved.fingerprint(_covering(s_grid, block.bounds["test"]))
             ids = train_ids[block.bounds["sample"]], test_ids[block.bounds["test"]]
-            return digest([solutions, of_band(block.bounds["sample"]), *ids])
+            count = len(context.train).to_bytes(8, "little")  # scores are divided by N
+            return digest([solutions, of_band(block.bounds["sample"]), count, *ids])
 
         passes = stage.grid.shape[0]
         of = "the training set, computing gradients" if computed else "grad_z"

@@ -71,8 +71,11 @@ class Curvature:
         total_D = torch.zeros(self.dim, dtype=torch.float64, device=self.function.device)
         done = 0
         for batch in self.samples.batches(range(len(self.samples)), self.batch_size):
-            grads = grad(self._total_loss)(params, batch)
-            total_D += self.function.flatten(grads).detach()
+            leaves = {name: parameter.detach().requires_grad_() for name, parameter in params.items()}
+            found = torch.autograd.grad(
+                self._total_loss(leaves, batch), list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+            total_D += self.function.flatten(dict(zip(leaves, found, strict=True)))
             done += size(batch)
             report(Progress(done, len(self.samples), "mean gradient"))
         return total_D / len(self.samples) + self.l2 * self.function.flatten(params)
@@ -85,15 +88,15 @@ class Curvature:
 
         Raises:
             StageError: the model has an operation that lacks a derivative.
-            RuntimeError: whatever else the model raised.
+            OutOfMemoryError: the device has not enough memory.
         """
         try:
             return self._products(self._linear(batch), size(batch), vectors_TD)
-        except (RuntimeError, NotImplementedError) as error:
-            if "not implemented" not in str(error):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
             raise StageError(
-                f"curvature = {self.kind!r} needs derivatives that an operation of this model does not have "
+                f"curvature = {self.kind!r} needs derivatives that this model does not give "
                 f"({str(error).splitlines()[0]}): replace that operation, choose parameters behind it, or use "
                 'solver = "identity"'
             ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stages.batch import to_device
 from stages.stage import Batch, StageError
 
 Parameters = dict[str, Tensor]
@@ -151,11 +151,17 @@ class ModelFunction:
         """Return the weight of the quadratic penalty on each coordinate, (D,).
 
         Raises:
-            StageError: a glob of the task's ``l2`` matches no parameter of the model.
+            StageError: the task's ``l2`` is no weight, or a glob of it matches no parameter of the model.
         """
         weights = self.task.l2
         if not isinstance(weights, Mapping):
             weights = {"*": weights}
+        for glob, weight in weights.items():
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight) or weight < 0:
+                raise StageError(
+                    f"l2 must be a finite number of at least 0 (or one for each glob), got {weight!r} for {glob!r}"
+                )
         everything = [*self.params, *self._constant]
         for glob in weights:
             if not fnmatch.filter(everything, glob):
@@ -165,10 +171,6 @@ class ModelFunction:
             value = next((w for glob, w in weights.items() if fnmatch.fnmatchcase(name, glob)), 0.0)
             found[name] = torch.full_like(parameter, value)
         return self.flatten(found)
-
-    def to_device(self, batch: Batch) -> Batch:
-        """Move a batch to where the model is computed."""
-        return to_device(batch, self.device)
 
     @staticmethod
     def _each(values: Any, what: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The cache: one Zarr v3 hierarchy that any Zarr reader opens. The only place that imports zarr and numcodecs.
+"""The cache: one Zarr v3 hierarchy that any Zarr reader opens. The only place that imports zarr.
 
 ::
 

@@ -19,11 +19,10 @@ def gradients(function: ModelFunction, values: Values, batch: Batch) -> tuple[Te
         with torch.enable_grad():
             value = values(params, take(batch, index))[0]
         leaves = list(params.values())
-        found = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
-        grads = {
-            name: torch.zeros_like(p) if g is None else g.detach()
-            for (name, p), g in zip(params.items(), found, strict=True)
-        }
-        rows.append(function.flatten(grads))
+        if value.requires_grad:
+            found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        else:
+            found = tuple(torch.zeros_like(leaf) for leaf in leaves)
+        rows.append(function.flatten(dict(zip(params, found, strict=True))))
         results.append(value.detach())
     return torch.stack(rows), torch.stack(results)

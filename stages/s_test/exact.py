@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,14 @@ class Exact(CurvatureSolver):
     state_vectors: ClassVar[int] = 4
 
     solver: Literal["exact"] = "exact"
+
+    def preparation(self) -> dict[str, Any]:
+        """Return what the dense matrix depends on: no draws, and not λ."""
+        return {"curvature": self.curvature, "dense": self.dense}
+
+    def summary_names(self) -> tuple[str, ...]:
+        """Return the distance from an optimum, and the mean eigenvalue, which the diagonal gives for nothing."""
+        return ("gradient_norm", "mean_eigenvalue")
 
     def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
         return float(np.trace(prepared["matrix"][:])) / curvature.dim

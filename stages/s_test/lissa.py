@@ -155,7 +155,7 @@ class Lissa(CurvatureSolver):
         per_repeat = int((steps / counts).max())
         if unsettled:
             log.warning(
-                "lissa: the estimates of %d of %d test samples still change by more than %.2g after %d steps: "
+                "lissa: the estimates of %d of %d test samples have not settled within %.2g after %d steps: "
                 "raise recursion_depth, batch_size or damping",
                 unsettled, len(settled), self.tolerance, depth,
             )  # fmt: skip
@@ -222,7 +222,7 @@ class _Recursion:
                 change = norms(found - estimate[rows]) / norms(found).clamp_min(torch.finfo(torch.float64).tiny)
                 estimate[rows] = found
                 small = (change <= self.settings.tolerance).cpu() & (step >= 4)
-                done = small & (calm[rows] | (step == self.depth))
+                done = small & at_checkpoint & (calm[rows] | (step == self.depth))
                 calm[rows] = small
                 settled[rows[done]] = True
                 steps[rows[done]] = step

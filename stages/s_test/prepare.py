@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from stages.curvature import Curvature
+from stages.grad_z import PerSample
 from stages.s_test.solver import Solver
 from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Stage, silent
 
@@ -34,6 +35,11 @@ class Prepare(Stage):
         else:
             self.grid = Grid((Axis("part", 1, 1),))
             self.arrays = numbers
+
+    def prepare(self, report: Report = silent) -> None:
+        """Check model and training data."""
+        curvature = self.curvature
+        PerSample(curvature.function, curvature.function.losses, curvature.samples, curvature.batch_size).check()
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Compute a band of the matrix by products with unit vectors, or the numbers."""

@@ -111,7 +111,8 @@ class CurvatureSolver(Solver):
 
     def preparation(self) -> dict[str, Any] | None:
         """Return what the summary depends on: not λ, which is added when solving."""
-        return {"curvature": self.curvature, "seed": self.seed, "summary": list(self.summary_names())}
+        names = list(self.summary_names())
+        return {"curvature": self.curvature, "dense": self.dense, "seed": self.seed, "summary": names}
 
     def summary_names(self) -> tuple[str, ...]:
         """Return the distance from an optimum, and the mean eigenvalue where λ is relative to it."""

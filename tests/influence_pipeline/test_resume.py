@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -335,3 +336,44 @@ def test_two_workers_write_the_bytes_of_one(project: Path) -> None:
         settings.write("workers = 2\n")
     ip.Pipeline.from_toml(project).run()
     assert tiny.files(alone) == tiny.files(project.parent / "alone")
+
+
+IDENTITY = {"solver": "identity"}
+GGN = {"solver": "cg", "damping": {"relative": 0.1}}
+DENSE = {"solver": "exact", "damping": {"relative": 0.1}}
+
+
+@pytest.mark.parametrize(("first", "second"), [(GGN, DENSE), (DENSE, GGN)], ids=["cg-exact", "exact-cg"])
+def test_dense_and_iterative_solvers_live_in_one_cache(
+    make: Make, computed: list[tuple[str, ...]], first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    for s_test in (first, second):
+        make(s_test=s_test).run()
+    computed.clear()
+    found = [make(s_test=s_test).run()["holdout"].scores[:] for s_test in (first, second)]
+    assert computed == []
+    assert np.abs(found[0] - found[1]).max() < 0.1 * np.abs(found[0]).max(), "λ is a trace, or an estimate of it"
+
+
+def test_another_damping_of_exact_uses_the_same_matrix(make: Make, computed: list[tuple[str, ...]]) -> None:
+    make(s_test={"solver": "exact", "damping": 0.5}).run()
+    computed.clear()
+    make(s_test={"solver": "exact", "damping": {"relative": 1.0}, "seed": 3}).run()
+    assert {stage for stage, *_ in computed} == {"s_test", "influence"}
+
+
+def test_scores_of_a_grown_training_set_are_divided_by_its_own_size(make: Make, cache: Path, tmp_path: Path) -> None:
+    make(s_test=IDENTITY, train=tiny.points(48, 1)).run()
+    grown = make(s_test=IDENTITY, train=tiny.points(60, 1)).run()["holdout"]
+    fresh = tiny.experiment(train=tiny.points(60, 1))
+    expected = ip.Pipeline(fresh, tmp_path / "fresh", tiny.settings(s_test=IDENTITY)).run()["holdout"]
+    np.testing.assert_array_equal(grown.scores[:], expected.scores[:])
+
+
+def test_solutions_of_a_smaller_training_set_are_not_taken_for_those_of_a_grown_one(make: Make) -> None:
+    make(train=tiny.points(48, 1)).run()
+    grown = make(train=tiny.points(60, 1))
+    grown.grad_z()
+    assert not grown.plan()["s_test"].complete
+    with pytest.raises(ip.MissingStage, match=r"pipeline\.s_test\('holdout'\)"):
+        grown.influence("holdout")

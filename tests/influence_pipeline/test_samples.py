@@ -175,6 +175,28 @@ def test_loader_workers_give_the_same_batches_and_digests() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_loader_workers_give_samples_as_the_data_set_does() -> None:
+    samples = [(np.full(3, float(i)), [i, str(i)]) for i in range(6)]
+    loaded = DataSet(Samples(samples), "train", workers=1)
+    list(loaded.batches(range(6), 4))
+    loaded.check_fixed(range(6))
+
+
+def test_a_kept_data_set_never_mixes_samples_with_others_texts() -> None:
+    samples = [{"x": torch.tensor([float(i)]), "text": str(i)} for i in range(6)]
+    data = DataSet(Samples(samples), "train", keep_entries=("text",), keep_bytes=2**20)
+    data.keep()
+    batch = data.batch([4, 1])
+    assert (batch["x"].flatten().tolist(), batch["text"]) == ([4.0, 1.0], ["4", "1"])
+
+
+@pytest.mark.parametrize(("num", "start"), [(0, 0), (1, -1)])
+def test_per_class_refuses_numbers_that_select_nothing(num: int, start: int) -> None:
+    with pytest.raises(ip.RequestError, match="num must be at least 1"):
+        ip.per_class(tiny.points(9, 1), num, start)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_an_error_in_a_loader_worker_names_the_sample() -> None:
     data = DataSet(Broken(listed(), at=7), "train", workers=1)
     with pytest.raises(ip.WorkError, match="data set 'train' raised at sample 7: ValueError: no such file"):
