@@ -206,7 +206,6 @@ class Works:
             count = len(context.train).to_bytes(8, "little")  # scores are divided by N
             return digest([solutions, of_band(block.bounds["sample"]), count, *ids])
 
-        passes = stage.grid.shape[0]
         of = "the training set, computing gradients" if computed else "grad_z"
         return Work(
             stage,
@@ -216,7 +215,7 @@ class Works:
             before=lambda: _check_fixed(context.train) if computed else None,
             computing=context.evaluating,
             memory_bytes=reads.memory_bytes,
-            passes=f"{passes} pass{'es' * (passes > 1)} over {of}",
+            passes=f"{reads.passes} pass{'es' * (reads.passes > 1)} over {of}",
         )
 
     def _gradients(self) -> tuple[ArrayLike, Callable[[slice], bytes], bool]:
