@@ -5,7 +5,6 @@ Softmax regression on digits: convex, so that every model here is the optimum of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +100,6 @@ class Digits:
             model.weight.copy_(torch.from_numpy(self.theta[:, :64]))
             model.bias.copy_(torch.from_numpy(self.theta[:, 64]))
         return ip.Experiment(model, ip.Classification(l2=L2), self.sets[0], {"holdout": self.sets[1]})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def always_one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
