@@ -477,7 +477,7 @@ def test_lissa_out_of_depth_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert found.iterations.tolist() == [9] * 5
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert re.search(r"5 of 5 test samples still change by more than 0\.001 after 9 steps", record.getMessage())
+    assert re.search(r"5 of 5 test samples have not settled within 0\.001 after 9 steps", record.getMessage())
 
 
 def test_lissa_says_when_fewer_repeats_would_have_done(caplog: pytest.LogCaptureFixture) -> None:
