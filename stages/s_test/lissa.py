@@ -117,7 +117,7 @@ class Lissa(CurvatureSolver):
         if scale == "auto":
             scale = SCALE_MARGIN * float(prepared["largest_eigenvalue"][()]) + damping
         most = LARGEST_AUTO_REPEATS if self.repeats == "auto" else self.repeats
-        if damping > 0:
+        if damping > 0 and self.recursion_depth == "auto":
             steps = scale / damping * math.log(1 / self.tolerance)
             log.info(
                 "lissa: λ = %.3g, scale = %.3g: flat directions settle after about %.0f steps", damping, scale, steps
