@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import traceback
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,9 +19,8 @@ log = logging.getLogger(__name__)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest relative difference between two right ways of computing the same gradient; other dtypes 5 %."""
 
-_OURS = Path(__file__).parents[1]
-NOT_USERS = (Path(torch.__file__).parent, _OURS, _OURS.with_name("influence_pipeline"))
-"""Where code is that a user's error did not come from."""
+NOT_USERS = ("torch", "stages", "influence_pipeline")
+"""Packages that a user's error did not come from."""
 
 CAUSES = (
     "Usual causes: BatchNorm without running statistics (track_running_stats=False), a loss that averages over "
@@ -48,8 +46,10 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 def describe(error: Exception) -> str:
     """Return an error's type and text, with the line of the user's code that it came from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in NOT_USERS)]
+    steps = traceback.walk_tb(error.__traceback__)
+    names = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in steps]
+    frames = zip(names, traceback.extract_tb(error.__traceback__), strict=True)
+    own = [frame for name, frame in frames if name not in NOT_USERS]
     places = "".join(f"\n  {frame.filename}, line {frame.lineno}: {frame.line}" for frame in own[-3:])
     return f"{type(error).__name__}: {error}{places}"
 
