@@ -204,7 +204,9 @@ class Influences:
             file.write("\n}\n")
 
     def to_xarray(self) -> xarray.DataArray:
-        """Return the scores with dims test and train, and their ids as coordinates; read when computed with.
+        """Return the scores with dims test and train, and their ids as coordinates, read into memory.
+
+        For more than fits there, open :attr:`path` with ``xarray.open_zarr(path, consolidated=False)``.
 
         Raises:
             RequestError: xarray is not installed, or scores were not stored.

@@ -11,7 +11,6 @@ import logging
 import math
 import shutil
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,13 +133,11 @@ class Group:
                 width = Record.size(0)
                 finished = ArraySpec(FINISHED, ("finished_byte",), (width,), "uint8", about="record of what was merged")
                 _create_array(group, finished, "uint8", (width,), None)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    aside.rename(path)
-                except OSError:
-                    if not (path / "zarr.json").exists():
-                        raise
+            try:
+                aside.rename(path)
+            except OSError:
+                if not (path / "zarr.json").exists():
+                    raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return cls(path)
