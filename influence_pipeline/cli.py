@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 import influence_pipeline as ip
@@ -31,6 +28,11 @@ app = typer.Typer(
 
 SettingsFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="the settings file")]
 TestNames = Annotated[list[str] | None, typer.Option("--tests", help="a test set; again for more; default all")]
+Keep = Annotated[
+    bool,
+    typer.Option("--keep-curvature", help="of a training set that got longer, score only the new samples, with old H"),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="do not ask")]
 New = Annotated[bool, typer.Option("--new", help="start training gradients anew beside others of the same set")]
 
 
@@ -78,18 +80,43 @@ def _main() -> None:
 
 @app.command()
 @_guarded
-def run(settings: SettingsFile, tests: TestNames = None, new: New = False) -> None:
-    """Do all that is missing: grad_z, then s_test and influence of every test set."""
-    pipeline = ip.Pipeline.from_toml(settings)
+def run(
+    settings: SettingsFile,
+    tests: TestNames = None,
+    new: New = False,
+    keep_curvature: Keep = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="read all samples again; compute anew what came of changed ones")
+    ] = False,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="keep what came of changed samples, if the model sees no change")
+    ] = False,
+) -> None:
+    """Do all that is missing: grad_z, then s_test and influence of every test set.
+
+    Raises:
+        RequestError: options contradict one another.
+    """
+    from influence_pipeline.samples import shown_ids
+
+    if refresh and accept_data:
+        raise ip.RequestError("--refresh and --accept-data contradict one another")
+    pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature)
+    if refresh or accept_data:
+        changed = (pipeline.refresh if refresh else pipeline.accept_data)(*tests or ())
+        for name, ids in changed.items():
+            typer.echo(f"{'changed' if refresh else 'accepted'} samples of {name!r}: {shown_ids(ids)}")
+        if not changed:
+            typer.echo("no sample has changed")
     for name, influences in pipeline.run(*tests or (), new=new).items():
         _summary(name, influences)
 
 
 @app.command()
 @_guarded
-def plan(settings: SettingsFile, tests: TestNames = None) -> None:
+def plan(settings: SettingsFile, tests: TestNames = None, keep_curvature: Keep = False) -> None:
     """Say what is cached, what is missing and what it would take; compute nothing."""
-    typer.echo(ip.Pipeline.from_toml(settings).plan(*tests or ()))
+    typer.echo(ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature).plan(*tests or ()))
 
 
 @app.command("grad-z")
@@ -102,9 +129,9 @@ def grad_z(settings: SettingsFile, new: New = False) -> None:
 
 @app.command("s-test")
 @_guarded
-def s_test(settings: SettingsFile, tests: TestNames = None) -> None:
+def s_test(settings: SettingsFile, tests: TestNames = None, keep_curvature: Keep = False) -> None:
     """Solve (H + λI) x = ∇M for every test sample."""
-    pipeline = ip.Pipeline.from_toml(settings)
+    pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature)
     for name in tests or pipeline.tests:
         outcome = pipeline.s_test(name)
         typer.echo(f"s_test {name}: {outcome.computed} of {outcome.total} blocks computed in {outcome.seconds:.1f} s")
@@ -112,9 +139,9 @@ def s_test(settings: SettingsFile, tests: TestNames = None) -> None:
 
 @app.command()
 @_guarded
-def influence(settings: SettingsFile, tests: TestNames = None) -> None:
+def influence(settings: SettingsFile, tests: TestNames = None, keep_curvature: Keep = False) -> None:
     """Stream both, score and rank."""
-    pipeline = ip.Pipeline.from_toml(settings)
+    pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature)
     for name in tests or pipeline.tests:
         _summary(name, pipeline.influence(name))
 
@@ -123,20 +150,75 @@ def influence(settings: SettingsFile, tests: TestNames = None) -> None:
 @_guarded
 def status(settings: SettingsFile) -> None:
     """List what is cached; needs neither model nor data."""
-    from influence_pipeline.cache import STAGES, Cache
-    from influence_pipeline.plan import show_bytes
+    from influence_pipeline import inventory
+    from influence_pipeline.cache import Cache
+
+    typer.echo("\n".join(inventory.listed(Cache(_cache(settings)))))
+
+
+@app.command()
+@_guarded
+def verify(
+    settings: SettingsFile,
+    tests: TestNames = None,
+    sample: Annotated[int, typer.Option(min=0, help="also compute so many random training gradients again")] = 0,
+) -> None:
+    """Compare all that is cached with its checksums, and all samples with those that it is of.
+
+    Raises:
+        Exit: something is not as it was: 1 where the next run computes it anew, 2 where data or model are others.
+    """
+    found = ip.Pipeline.from_toml(settings).verify(*tests or (), sample=sample)
+    typer.echo(found)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
+@_guarded
+def rm(
+    settings: SettingsFile,
+    keys: Annotated[list[str], typer.Argument(metavar="KEY…", help="names or keys, as `status` shows them")],
+    yes: Yes = False,
+) -> None:
+    """Remove sets of arrays from the cache."""
+    from influence_pipeline import inventory
+    from influence_pipeline.cache import Cache
 
     cache = Cache(_cache(settings))
-    found = [(stage, group) for stage in STAGES for group in cache.groups(stage)]
-    typer.echo(f"{cache.path}: " + (f"{len(found)} sets of arrays" if found else "nothing is cached"))
-    for stage, group in found:
-        done, total = group.progress()
-        age = (time.time() - group.path.stat().st_mtime) / 3600
-        size = show_bytes(group.bytes_on_disk())
-        typer.echo(f"{stage:<10} {group.path.name:<28} {done:>6} / {total:<6} blocks  {size:>9}  {age:.1f} h old")
-        typer.echo(f"{'':<11}{_brief(stage, group.attributes['identity'])}")
-        for line in _receipts(group):
-            typer.echo(f"{'':<11}{line}")
+    _remove(cache, [inventory.named(cache, key) for key in keys], yes)
+
+
+@app.command()
+@_guarded
+def gc(settings: SettingsFile, yes: Yes = False) -> None:
+    """Remove what belongs to no complete result, nor to the experiment as it is now."""
+    pipeline = ip.Pipeline.from_toml(settings)
+    paths = pipeline.garbage()
+    if not paths:
+        typer.echo("nothing to remove")
+    _remove(pipeline.cache, paths, yes)
+
+
+def _remove(cache: Any, paths: Sequence[Path], yes: bool) -> None:
+    """Remove folders of the cache, after asking.
+
+    Raises:
+        RequestError: there is nobody to ask, or a folder is none of ours.
+    """
+    from influence_pipeline import inventory
+    from influence_pipeline.plan import show_bytes
+
+    for path in paths:
+        inventory.refuse_foreign(path)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        typer.echo(f"{path.parent.name}/{path.name}  {show_bytes(size)}")
+    if paths and not yes:
+        if not sys.stdin.isatty():
+            raise ip.RequestError("nothing was removed: say --yes")
+        if not typer.confirm("remove?"):
+            return
+    for path in paths:
+        cache.remove(path)
 
 
 @app.command()
@@ -207,6 +289,9 @@ def _table(influences: ip.Influences, test: int | None, k: int) -> None:
     for left, right in zip(zip(helpful, helps, strict=True), zip(harmful, harms, strict=True), strict=True):
         cells = [f"{i:>8}  {score:+.3e}{_label(trains, positions[int(i)])}" for i, score in (left, right)]
         typer.echo(f"{cells[0]:<44}{cells[1]}")
+    over, count = influences.curvature_samples, len(influences.train_ids)
+    if over != count:
+        typer.echo(f"H and 1/N are of the first {over} of {count} training samples")
     typer.echo(f"in {influences.path}")
 
 
@@ -214,43 +299,6 @@ def _label(labels: Any, row: int) -> str:
     if labels is None or labels[row] != labels[row]:
         return ""
     return f"  label {labels[row]:g}"
-
-
-def _brief(stage: str, identity: dict[str, Any]) -> str:
-    """Say in a line what a set of arrays is of."""
-    if stage == "influence":
-        return f"grad_z {identity['grad_z']}, s_test {identity['s_test']}, top_k {identity['top_k']}"
-    parts = [f"train {identity['train']}", f"weights {identity['weights']}", f"loss {identity['task']['losses']}"]
-    if stage == "grad_z":
-        parts.append(identity["encoding"])
-    if stage == "s_test":
-        parts += [f"{name} {value}" for name, value in identity["s_test"].items()]
-    if stage == "curvature":
-        parts += [f"{name} {identity[name]}" for name in ("curvature", "l2")]
-    return ", ".join(parts)
-
-
-def _receipts(group: Any) -> Sequence[str]:
-    """Say what was measured on the way, of what is there already."""
-    lines = []
-    numbers = {
-        "gradient_norm": "distance from an optimum |ḡ + l2·θ| (influence assumes 0)",
-        "mean_eigenvalue": "mean eigenvalue",
-        "largest_eigenvalue": "largest eigenvalue",
-    }
-    for name, about in numbers.items():
-        value = float(group.array(name)[()]) if name in group else math.nan
-        if math.isfinite(value):
-            lines.append(f"{about}: {value:.3g}")
-    if "residual" in group:
-        residual, iterations = group.array("residual")[:], group.array("iterations")[:]
-        there = np.isfinite(residual)
-        if there.any():
-            lines.append(
-                f"λ = {group.array('damping')[:][there][0]:.4g}, largest residual {residual[there].max():.2g}, "
-                f"iterations {iterations[there].min()} to {iterations[there].max()}"
-            )
-    return lines
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from influence_pipeline.cache import FORMAT
 from influence_pipeline.cache.record import digest
 from influence_pipeline.errors import CacheMismatch, RequestError
 from influence_pipeline.experiment import Experiment, weights_hash
-from influence_pipeline.samples import DataSet, PerClass, per_class
+from influence_pipeline.samples import DataSet, First, PerClass, per_class
 from influence_pipeline.settings import Settings
 from influence_pipeline.task import plain
 from stages.curvature import Curvature
@@ -107,19 +107,17 @@ class Context:
         chosen = self.settings.runtime.device_batch
         return plan.device_batch(self.dim, self.memory, self.function.dtype.itemsize) if chosen == "auto" else chosen
 
-    @functools.cached_property
-    def curvature(self) -> Curvature:
-        """The curvature that the solver asks for, over the training set."""
+    @functools.cache  # noqa: B019 - as above
+    def curvature(self, count: int) -> Curvature:
+        """Return the curvature that the solver asks for, over the first ``count`` training samples."""
         solver = self.settings.s_test
         kind = solver.curvature if isinstance(solver, CurvatureSolver) else "ggn"
         chosen = self.settings.runtime.device_batch
-        return Curvature(self.function, self.train, kind, 256 if chosen == "auto" else chosen)
+        return Curvature(self.function, First(self.train, count), kind, 256 if chosen == "auto" else chosen)
 
-    @functools.cached_property
-    def train_fingerprint(self) -> bytes:
-        """A digest of the training set's length and of some of its samples."""
-        ids = sentinels(len(self.train))
-        return digest([len(self.train).to_bytes(8, "little"), self.train.digests(ids)])
+    def fingerprint(self, count: int) -> bytes:
+        """Return a digest of the first ``count`` training samples."""
+        return digest([count.to_bytes(8, "little"), self.train.digests(range(count))])
 
     # ---- identities: what changes an array, and nothing else ------------------------------------------------------
 
@@ -185,7 +183,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # which "meta" cannot
+    except Exception as error:
         raise RequestError(f"runtime.device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device

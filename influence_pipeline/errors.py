@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class InfluenceError(Exception):
     """Anything that this package refuses or fails at; its text says what, where, and what to do next."""
@@ -17,7 +19,16 @@ class WorkError(InfluenceError):
 
 
 class CacheDamaged(WorkError):
-    """Something in the cache is not as it was written."""
+    """Something in the cache is not as it was written.
+
+    Attributes:
+        path: the folder of the group whose block is computed anew by the next run; None where that is not enough.
+    """
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        """Say what is damaged, and in which group."""
+        super().__init__(message)
+        self.path = path
 
 
 class RequestError(InfluenceError):

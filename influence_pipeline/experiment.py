@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -74,8 +75,10 @@ class Experiment:
             raise RequestError(
                 f'tests must be data sets by name, for example {{"holdout": test_set}}, got {type(tests).__name__}'
             )
-        if loader_workers < 0:
-            raise RequestError(f"loader_workers must be 0 or more, got {loader_workers}")
+        if not _whole(loader_workers) or loader_workers < 0:
+            raise RequestError(f"loader_workers must be a whole number, 0 or more, got {loader_workers!r}")
+        if isinstance(task.keep, str) or not isinstance(task.keep, Iterable):
+            raise RequestError(f'task.keep must be names of entries, for example ("mask",), got {task.keep!r}')
         self.task = task
         self.train_name = check_name(train_name, "train_name")
         self.collate = collate
@@ -83,7 +86,7 @@ class Experiment:
         self._model = model
         self._train = train
         self._tests = {check_name(name, "tests"): data for name, data in tests.items()}
-        self._train_ids = None if train_ids is None else np.asarray(train_ids)
+        self._train_ids = None if train_ids is None else _array(train_ids)
 
     @property
     def model(self) -> nn.Module:
@@ -147,10 +150,12 @@ class Experiment:
         count = check_dataset(self.train, self.train_name)
         if self._train_ids is None:
             return np.arange(count, dtype=np.int64)
-        ids = self._train_ids
+        ids, most = self._train_ids, np.iinfo(np.int64).max
         whole = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
-        if not whole or len(ids) != count or len(np.unique(ids)) != count or ids.min() < 0:
-            raise RequestError(f"train_ids must be {count} different whole numbers of at least 0, one for each sample")
+        if not whole or len(ids) != count or len(np.unique(ids)) != count or ids.min() < 0 or ids.max() > most:
+            raise RequestError(
+                f"train_ids must be {count} different whole numbers of at least 0, one for each sample, below 2**63"
+            )
         return ids.astype(np.int64)
 
     def test_ids(self, name: str) -> Array:
@@ -159,6 +164,22 @@ class Experiment:
         if isinstance(data, PerClass):
             return np.asarray(data.indices, dtype=np.int64)
         return np.arange(check_dataset(data, name), dtype=np.int64)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral)
+
+
+def _array(ids: Any) -> Array:
+    """Return ids as an array, whatever they are.
+
+    Raises:
+        RequestError: there is no such array.
+    """
+    try:
+        return np.asarray(ids)
+    except Exception as error:
+        raise RequestError(f"train_ids must be whole numbers, one for each sample: {error}") from error
 
 
 def _call(make: Callable[[], Any], what: str) -> Any:
@@ -184,12 +205,22 @@ def _made(data: Data, name: str) -> Dataset[Any]:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Return a hash of all parameters and buffers: names, types, shapes, bytes."""
+    """Return a hash of all parameters and buffers: names, types, shapes, bytes.
+
+    Raises:
+        RequestError: one of them has no values yet, or is no dense tensor.
+    """
     state = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        value = tensor.detach().cpu().contiguous()
-        state.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        state.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        try:
+            value = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
+            state.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+            state.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        except Exception as error:
+            raise RequestError(
+                f"model: {name} cannot be read ({type(error).__name__}: {error}): it must be a dense tensor that has "
+                "values. Load the weights; run a model with lazy layers once"
+            ) from error
     return state.hexdigest()[:16]
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from influence_pipeline.cache import Cache, Group
-from influence_pipeline.errors import MissingStage, RequestError
+from influence_pipeline.errors import MissingStage, RequestError, WorkError
+from influence_pipeline.samples import check_dataset
 from stages.influence.ranking import bottom_k, top_k
 from stages.stage import Array
 
@@ -31,6 +32,8 @@ class Influences:
         key: of these results in the cache.
         train_ids: (N,) int64, the id of each column of ``scores``.
         test_ids: (T,) int64, the id of each row.
+        curvature_samples: how many training samples H and 1/N are of; fewer than N where these were kept as the
+            training set got longer.
         offset: (T,) what to add to a row to predict retraining on a mean over N − 1 samples.
         seconds: spent by this process on computing them, 0 where all was cached.
     """
@@ -45,6 +48,7 @@ class Influences:
         self.train_ids: Array = group.array("train_ids")[:]
         self.test_ids: Array = group.array("test_ids")[:]
         self.offset: Array = group.array("offset")[:]
+        self.curvature_samples = int(group.array("curvature_samples")[()])
         self.seconds = seconds
         self._solved = cache.find("s_test", identity["s_test"])
         self._trained = cache.find("grad_z", identity["grad_z"])
@@ -79,9 +83,9 @@ class Influences:
         group = found[0]
         if not group.merged():
             raise MissingStage(f"the results for {tests!r} in {folder.path} are not complete: run the pipeline again")
-        lost = group.lost_file()
+        lost = next((block.index for block in group.layout.grid if not group.valid(block)), None)
         if lost:
-            raise MissingStage(f"the results for {tests!r} have lost {lost}: run the pipeline again, it is made anew")
+            raise MissingStage(f"block {lost} of {group.path} has lost files: run the pipeline again, it is made anew")
         return cls(folder, group)
 
     @property
@@ -165,8 +169,9 @@ class Influences:
         from torch.utils.data import Subset
 
         self._check_k(k)
-        if len(train) != len(self.train_ids):  # type: ignore[arg-type]
-            raise RequestError(f"train has {len(train)} samples, the influences are of {len(self.train_ids)}")  # type: ignore[arg-type]
+        count = check_dataset(train, "train")
+        if count != len(self.train_ids):
+            raise RequestError(f"train has {count} samples, the influences are of {len(self.train_ids)}")
         positions = top_k(np.abs(self.mean_scores())[None], np.arange(len(self.train_ids)), k)[0][0]
         return Subset(train, positions.tolist())
 
@@ -183,25 +188,29 @@ class Influences:
 
         Raises:
             RequestError: k is more than there are.
+            WorkError: the file cannot be written.
         """
         if k is not None:
             self._check_k(k)
         stored = "scores" in self._group
         kept = self._group.array("helpful_ids").shape[1]
         ranks = k if k is not None else len(self.train_ids) if stored else kept
-        with open(path, "w", encoding="utf-8") as file:
-            file.write("{")
-            for row, test in enumerate(self.test_ids.tolist()):
-                entry = {
-                    "label": self._label(row),
-                    "num_in_dataset": row,
-                    "time_calc_influence_s": self.seconds / len(self.test_ids),
-                    "influence": self._group.array("scores")[row].tolist() if stored else [],
-                    "harmful": self._ranked_ids("harmful", row, ranks),
-                    "helpful": self._ranked_ids("helpful", row, ranks),
-                }
-                file.write(f"{',' if row else ''}\n{json.dumps(str(test))}: {json.dumps(entry)}")
-            file.write("\n}\n")
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write("{")
+                for row, test in enumerate(self.test_ids.tolist()):
+                    entry = {
+                        "label": self._label(row),
+                        "num_in_dataset": row,
+                        "time_calc_influence_s": self.seconds / len(self.test_ids),
+                        "influence": self._group.array("scores")[row].tolist() if stored else [],
+                        "harmful": self._ranked_ids("harmful", row, ranks),
+                        "helpful": self._ranked_ids("helpful", row, ranks),
+                    }
+                    file.write(f"{',' if row else ''}\n{json.dumps(str(test))}: {json.dumps(entry)}")
+                file.write("\n}\n")
+        except (OSError, ValueError) as error:
+            raise WorkError(f"{path} cannot be written: {error}") from error
 
     def to_xarray(self) -> xarray.DataArray:
         """Return the scores with dims test and train, and their ids as coordinates, read into memory.
@@ -270,9 +279,12 @@ class Influences:
         ids, scores = pick(self.mean_scores()[None], self.train_ids, k)
         return ids[0], scores[0]
 
-    def _check_k(self, k: int) -> None:
-        if not 0 < k <= len(self.train_ids):
-            raise RequestError(f"k = {k}: there are {len(self.train_ids)} training samples")
+    def _check_k(self, k: Any) -> None:
+        whole = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
+        if not whole or not 0 < k <= len(self.train_ids):
+            raise RequestError(
+                f"k = {k!r}: there are {len(self.train_ids)} training samples, and k is a whole number from 1 to that"
+            )
 
     def _label(self, row: int) -> int | float | None:
         if self._solved is None:

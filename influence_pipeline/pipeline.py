@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
-from influence_pipeline import runner
-from influence_pipeline.cache import Cache, Group, Layout, nearest
-from influence_pipeline.context import Context, sentinels
+from influence_pipeline import checks, inventory, room, runner
+from influence_pipeline.cache import Cache, Group, nearest
+from influence_pipeline.checks import Verification
+from influence_pipeline.context import Context
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError
 from influence_pipeline.experiment import Experiment, load
 from influence_pipeline.influences import Influences
 from influence_pipeline.plan import Plan, StagePlan, show_bytes
 from influence_pipeline.runner import DIGESTS, Outcome, Work
-from influence_pipeline.samples import DataSet
 from influence_pipeline.settings import Settings
 from influence_pipeline.works import Place, Works
 
+log = logging.getLogger(__name__)
+
 Source = Experiment | Callable[[], Experiment] | str
+MOST_MENDS = 8
+"""Times that a stage goes on after something in the cache was found damaged."""
 
 
 class Pipeline:
     """The stages ``grad_z``, ``s_test`` and ``influence`` of one experiment, resuming from whatever is cached."""
 
-    def __init__(self, experiment: Source, cache: Path | str | None = None, settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        experiment: Source,
+        cache: Path | str | None = None,
+        settings: Settings | None = None,
+        *,
+        keep_curvature: bool = False,
+    ) -> None:
         """Name the work; nothing is loaded or computed.
 
         Args:
             experiment: an experiment, a function that makes one, or a reference "file.py:function".
             cache: the cache's folder; by default the one that the settings name.
             settings: the defaults where None.
+            keep_curvature: where the training set got longer, keep H and 1/N of what it was, and so all solutions;
+                only the scores of the new samples are computed.
 
         Raises:
             RequestError: there is no experiment or no cache, or the folder holds something else.
@@ -47,13 +58,17 @@ class Pipeline:
         if not isinstance(experiment, (Experiment, str)) and not callable(experiment):
             raise RequestError(f"experiment must be an ip.Experiment or a reference, got {type(experiment).__name__}")
         self.cache = Cache(folder)
-        self._source = experiment
+        self._source, self._keep_curvature = experiment, keep_curvature
         self._token = uuid.uuid4().hex
         self._seconds: dict[str, float] = {}
 
     @classmethod
-    def from_toml(cls, path: Path | str) -> Pipeline:
+    def from_toml(cls, path: Path | str, *, keep_curvature: bool = False) -> Pipeline:
         """Make a pipeline of a settings file that names its experiment and its cache.
+
+        Args:
+            path: the settings file.
+            keep_curvature: see :class:`Pipeline`.
 
         Raises:
             RequestError: the file has neither, or something in it is wrong.
@@ -61,12 +76,13 @@ class Pipeline:
         settings = Settings.from_toml(path)
         if settings.experiment is None or settings.cache is None:
             raise RequestError(f"{path}: {'cache' if settings.experiment else 'experiment'} is missing")
-        return cls(settings.experiment, settings.cache, settings)
+        return cls(settings.experiment, settings.cache, settings, keep_curvature=keep_curvature)
 
     @functools.cached_property
     def _works(self) -> Works:
         """The loaded experiment's stages."""
-        return Works(Context(_experiment(self._source), self.settings), self.cache)
+        context = Context(_experiment(self._source), self.settings)
+        return Works(context, self.cache, keep_curvature=self._keep_curvature)
 
     @property
     def experiment(self) -> Experiment:
@@ -97,7 +113,8 @@ class Pipeline:
         if not self.settings.grad_z.store:
             raise RequestError("grad_z.store = false: gradients are computed when influence asks for them")
         place = self._works.grad_z_place()
-        if not new and self._works.find(place) is None:
+        self._mend(place, self._works.curvature_place())
+        if not new and not self._exists(place):
             self._refuse_second(place)
         return self._run(place)
 
@@ -107,9 +124,8 @@ class Pipeline:
         Raises:
             CacheMismatch: the test set has changed.
         """
-        place = self._works.s_test_place(tests)
-        self._refuse_renamed(tests)
-        prepared = self._works.curvature_place()
+        place, prepared = self._works.s_test_place(tests), self._works.curvature_place()
+        self._mend(self._works.grad_z_place(), prepared, place)
         seconds = self._run(prepared).seconds if prepared else 0.0
         outcome = self._run(place)
         self._seconds[tests] = self._seconds.get(tests, 0.0) + seconds + outcome.seconds
@@ -120,16 +136,59 @@ class Pipeline:
 
         Raises:
             MissingStage: gradients or solutions are not complete; the message has the call that makes them.
+            CacheDamaged: what was written is damaged again and again.
         """
-        place = self._works.influence_place(tests)
+        works = self._works
+        place, solved = works.influence_place(tests), works.s_test_place(tests)
+        self._mend(works.grad_z_place(), works.curvature_place(), solved, place)
         if self.settings.grad_z.store:
-            self._require(self._works.grad_z_place(), "grad_z()", "grad-z")
-        self._require(self._works.s_test_place(tests), f"s_test({tests!r})", f"s-test --tests {tests}")
-        outcome = self._run(place)
-        self._seconds[tests] = self._seconds.get(tests, 0.0) + outcome.seconds
-        group = self._works.find(place)
-        assert group is not None
-        return Influences(self.cache, group, self._seconds[tests])
+            self._require(works.grad_z_place(), "grad_z()", "grad-z")
+        self._require(solved, f"s_test({tests!r})", f"s-test --tests {tests}")
+        for _ in range(MOST_MENDS):
+            self._seconds[tests] = self._seconds.get(tests, 0.0) + self._run(place).seconds
+            group = works.find(place)
+            assert group is not None
+            try:
+                return Influences(self.cache, group, self._seconds[tests])
+            except CacheDamaged as damage:
+                if damage.path is None:
+                    raise
+                log.warning("%s", damage)
+                self._again(damage.path)
+        raise CacheDamaged(f"{place.stage}/{place.name} was damaged {MOST_MENDS} times: look at the disk")
+
+    # ---- what is there -------------------------------------------------------------------------------------------
+
+    def verify(self, *tests: str, sample: int = 0) -> Verification:
+        """Read all that is cached and compare it with its checksums, and all samples with those that it is of.
+
+        Damaged blocks are discarded, so that the next run computes them anew.
+
+        Args:
+            tests: the test sets whose samples are read again; all where none is given.
+            sample: how many random training gradients to compute again.
+        """
+        names = tests or self.tests
+        return checks.verify(self._works, names, sample, lambda: self._mend(*self._places(self.tests)))
+
+    def refresh(self, *tests: str) -> dict[str, list[int]]:
+        """Read all samples again, and discard what is cached of those that changed, for the next run to compute.
+
+        Returns:
+            The positions of changed samples by data set.
+        """
+        return checks.refresh(self._works, tests or self.tests)
+
+    def accept_data(self, *tests: str) -> dict[str, list[int]]:
+        """Read all samples again, and let what is cached stand for those that changed, if the model sees no change.
+
+        Returns:
+            The positions of changed samples by data set.
+
+        Raises:
+            CacheMismatch: the model gives other gradients for some of them.
+        """
+        return checks.accept(self._works, tests or self.tests)
 
     def run(self, *tests: str, new: bool = False) -> dict[str, Influences]:
         """Do all that is missing, for some test sets or all of them.
@@ -155,18 +214,32 @@ class Pipeline:
 
     def plan(self, *tests: str) -> Plan:
         """Say what is there and what a run would take, for some test sets or all; nothing is computed."""
-        names, works, context = self._named(tests), self._works, self._works.context
-        places = [works.grad_z_place()] if self.settings.grad_z.store else []
-        if prepared := works.curvature_place():
-            places.append(prepared)
-        for name in names:
-            places += [works.s_test_place(name), works.influence_place(name)]
+        names, context = self._named(tests), self._works.context
+        places = self._places(names)
+        for place in places:
+            self._check_data(place)
         title = (
             f"{len(context.train)} training samples × {context.dim} coordinates, "
             f"tests: {', '.join(f'{name} ({len(context.test(name))})' for name in names)}, "
             f"device {context.device}, cache {self.cache.path}"
         )
-        return Plan(title, tuple(self._plan(place) for place in places))
+        free = room.free_bytes(self.cache.path)
+        return Plan(title, tuple(self._plan(place) for place in places), free)
+
+    def garbage(self) -> list[Path]:
+        """Return the folders of what is cached and belongs to no complete result, nor to this experiment as it is."""
+        places = self._places(self.tests)
+        return inventory.garbage(self.cache, [self.cache.path / place.stage / place.name for place in places])
+
+    def _places(self, tests: Sequence[str]) -> list[Place]:
+        """Return where all stages are, in the order in which they are run."""
+        works = self._works
+        places = [works.grad_z_place()] if self.settings.grad_z.store else []
+        if prepared := works.curvature_place():
+            places.append(prepared)
+        for name in tests:
+            places += [works.s_test_place(name), works.influence_place(name)]
+        return places
 
     # ---- running -------------------------------------------------------------------------------------------------
 
@@ -178,15 +251,44 @@ class Pipeline:
         return tests or self.tests
 
     def _run(self, place: Place) -> Outcome:
+        """Run a stage; what it finds damaged in the cache is computed anew first.
+
+        Raises:
+            CacheDamaged: something is, and no block can be computed anew for it.
+        """
+        with runner.logging_to(self.settings.runtime.log_file):
+            for _ in range(MOST_MENDS):
+                try:
+                    return self._run_once(place)
+                except CacheDamaged as damage:
+                    if damage.path is None:
+                        raise
+                    log.warning("%s", damage)
+                    self._again(damage.path)
+            return self._run_once(place)
+
+    def _run_once(self, place: Place) -> Outcome:
         runtime = self.settings.runtime
-        with runner.logging_to(runtime.log_file):
-            work = self._works.work(place)
-            group = self._open(place, work)
-            with self._sent() as source:
-                rebuild = functools.partial(
-                    _rebuild, source, self.settings, str(self.cache.path), place, self._works.context.weights
-                )
-                return runner.run(work, group, runtime, rebuild, f"{self._token} {place.stage} {place.name}")
+        group = self._open(place)
+        work = self._works.work(place)
+        with self._sent() as source:
+            rebuild = functools.partial(
+                _rebuild,
+                *(source, self.settings, str(self.cache.path), place, self._works.context.weights),
+                keep_curvature=self._keep_curvature,
+            )
+            return runner.run(
+                *(work, group, runtime, rebuild, f"{self._token} {place.stage} {place.name}"),
+                functools.partial(room.refuse, place, work, group, self._works.context),
+            )
+
+    def _again(self, path: Path) -> None:
+        """Compute what was discarded of another stage's arrays."""
+        works = self._works
+        places = [works.grad_z_place(), works.curvature_place(), *(works.s_test_place(name) for name in self.tests)]
+        for place in places:
+            if place is not None and self.cache.path / place.stage / place.name == path:
+                self._run_once(place)
 
     @contextmanager
     def _sent(self) -> Iterator[str | Path]:
@@ -199,29 +301,67 @@ class Pipeline:
             with runner.shared(self._source) as path:
                 yield path
 
-    def _open(self, place: Place, work: Work) -> Group:
+    def _exists(self, place: Place) -> bool:
+        return (self.cache.path / place.stage / place.name).is_dir()
+
+    def _mend(self, *places: Place | None) -> None:
+        """Mend damaged descriptions, which follow from the identity and from sizes."""
+        for place in places:
+            if place is not None and self._exists(place):
+                try:
+                    Group(self.cache.path / place.stage / place.name).layout  # noqa: B018 - reads them all
+                except CacheDamaged as damage:
+                    log.warning("%s", damage)
+                    self.cache.create(place.stage, place.name, self._works.undamaged(place).layout, place.attributes)
+
+    def _open(self, place: Place) -> Group:
         """Return the group of a stage, of the size that the work has now.
 
         Raises:
-            CacheMismatch: the cache holds more samples than there are.
+            CacheMismatch: the cache holds more samples than there are, or other samples.
         """
-        layout = work.layout
-        group = self._works.find(place)
-        if group is not None and not group.fits(layout):
+        works = self._works
+        self._check_data(place)
+        group, work = works.find(place), works.work(place)
+        if group is not None and not group.fits(work.layout):
             if work.data is not None:
                 raise CacheMismatch(
                     f"{group.path} holds {group.array(DIGESTS).shape[0]} samples of {work.data.name!r}, which has "
                     f"{len(work.data)} now. Is it another set? Choose another name {_other_name(place)}, "
                     "or another cache"
                 )
-            with group.lock():
-                self.cache.remove(group)
-        group = self.cache.create(place.stage, place.name, layout, place.attributes)
-        with group.lock():
-            group.resize(layout)
-        if work.data is not None:
-            _compare(group, work.data, place, _committed(group, layout))
+            self.cache.remove(group.path)
+            group = None
+        if group is None or not self.cache.exists:
+            group = self.cache.create(place.stage, place.name, work.layout, place.attributes)
+        self.cache.tidy()
+        group.clear()
+        if any(group.zarr_array(spec.name).shape != spec.shape for spec in work.layout.all):
+            self.cache.resize(group, work.layout)
         return group
+
+    def _check_data(self, place: Place) -> None:
+        """Refuse samples that are not those in the cache.
+
+        Raises:
+            CacheMismatch: naming the samples that differ.
+            CacheDamaged: a description is damaged.
+        """
+        works = self._works
+        for left in reversed(range(MOST_MENDS)):
+            try:
+                works.expect()
+                works.compare(works.context.train)
+                if place.tests is not None:
+                    works.expect_tests(place.tests)
+                    works.compare(works.context.test(place.tests))
+            except CacheDamaged as damage:
+                # Its record is removed, so that next time it is not there.
+                if damage.path is None or not left:
+                    raise
+                log.warning("%s", damage)
+            else:
+                return
 
     # ---- refusing ------------------------------------------------------------------------------------------------
 
@@ -231,6 +371,7 @@ class Pipeline:
         Raises:
             MissingStage: blocks are missing.
         """
+        self._check_data(place)
         work, group = self._works.work(place), self._works.find(place)
         missing = runner.pending(work, group)
         if group is None or missing:
@@ -239,8 +380,6 @@ class Pipeline:
                 f"{len(work.stage.grid)} blocks are missing. First: pipeline.{call}, or "
                 f"`influence-pipeline {command} …`; `run` does all"
             )
-        assert work.data is not None
-        _compare(group, work.data, place, range(len(work.data)))
 
     def _refuse_second(self, place: Place) -> None:
         """Refuse to start gradients of a training set that has some, under another identity.
@@ -260,25 +399,24 @@ class Pipeline:
                 f"training gradients of {train!r} are cached, of something else. Cached ≠ now:\n  "
                 + "\n  ".join(wanted.differs)
                 + f"\nStarting again computes {wanted.rows} gradients and takes up to "
-                f"{show_bytes(wanted.bytes_bound)}. If that is wanted: --new, or grad_z(new=True)"
+                f"{show_bytes(wanted.bytes_expected)}. If that is wanted: --new, or grad_z(new=True)"
             )
 
-    def _refuse_renamed(self, tests: str) -> None:
-        """Refuse a test set whose name stands for other data in the cache, under whatever settings."""
-        data = self._works.context.test(tests)
-        for group in self.cache.groups("s_test"):
-            if group.attributes["tests"] == tests:
-                count = min(len(data), group.array(DIGESTS).shape[0])
-                # What cannot be read is found, and made anew, when that group is asked for.
-                with contextlib.suppress(CacheDamaged):
-                    _compare(group, data, Place("s_test", group.path.name, {}, tests), range(count))
+    def _grown(self, place: Place, group: Group) -> tuple[str, ...]:
+        """Say where a stage is computed anew because the training set got longer."""
+        count = len(self._works.context.train)
+        if place.stage != "curvature" or self._keep_curvature or group.array(DIGESTS).shape[0] == count:
+            return ()
+        was = group.array(DIGESTS).shape[0]
+        return (f"training samples: {was} ≠ {count}; H, S and 1/N are computed anew (--keep-curvature keeps them)",)
 
     def _plan(self, place: Place) -> StagePlan:
         work, group = self._works.work(place), self._works.find(place)
         missing = runner.pending(work, group)
         cached = [g.attributes for g in self.cache.groups(place.stage)]
         others = [attributes["identity"] for attributes in cached if attributes["tests"] == place.tests]
-        to_merge = group is not None and not missing and not group.finished(work.layout)
+        expected, measured = room.expected_bytes(work, group)
+        to_merge = group is not None and not missing and not group.finished
         return StagePlan(
             place.stage,
             place.name,
@@ -286,10 +424,11 @@ class Pipeline:
             total=len(work.stage.grid),
             rows=work.stage.grid.axes[0].length,
             bytes_on_disk=group.bytes_on_disk() if group else 0,
-            bytes_bound=work.layout.bytes_bound(),
+            bytes_expected=expected,
+            measured=measured,
             memory_bytes=work.memory_bytes,
             passes=work.passes,
-            differs=nearest(place.identity, others) if group is None else (),
+            differs=nearest(place.identity, others) if group is None else self._grown(place, group),
         )
 
 
@@ -311,40 +450,15 @@ def _other_name(place: Place) -> str:
     return "for this test set" if place.tests else "(train_name)"
 
 
-def _committed(group: Group, layout: Layout) -> Sequence[int]:
-    """Return the samples of all blocks that are there."""
-    axis = layout.grid.axes[0]
-    return [i for block in layout.grid if group.valid(layout, block) for i in block.ids(axis.name)]
-
-
-def _compare(group: Group, data: DataSet, place: Place, among: Sequence[int]) -> None:
-    """Refuse a data set that is not the one of which something is cached, by a few samples.
-
-    Args:
-        group: where digests of what was read are.
-        data: the data set now.
-        place: what is cached.
-        among: the samples that may be looked at.
-
-    Raises:
-        CacheMismatch: naming the samples that differ.
-    """
-    stored = group.array(DIGESTS)
-    kept = {i: stored[i] for i in (among[position] for position in sentinels(len(among)))}
-    changed = [i for i, digest in kept.items() if digest.any() and not np.array_equal(data.digests([i])[0], digest)]
-    if changed:
-        raise CacheMismatch(
-            f"{'test' if place.tests else 'training'} set {data.name!r} is not the one in the cache: "
-            f"sample{'s' * (len(changed) > 1)} {', '.join(map(str, changed[:10]))} "
-            f"differ{'s' * (len(changed) == 1)} ({group.path}). "
-            f"Choose another name {_other_name(place)}, or another cache"
-        )
-
-
-def _rebuild(source: str | Path, settings: Settings, cache: str, place: Place, weights: str) -> tuple[Work, Group]:
+def _rebuild(
+    source: str | Path, settings: Settings, cache: str, place: Place, weights: str, *, keep_curvature: bool
+) -> tuple[Work, Group]:
     """Make the work of a stage in a worker process."""
     experiment = _experiment(runner.take_shared(source) if isinstance(source, Path) else source)
-    works = Works(Context(experiment, settings, weights), Cache(cache))
+    works = Works(Context(experiment, settings, weights), Cache(cache), keep_curvature=keep_curvature)
+    works.expect()
+    if place.tests is not None:
+        works.expect_tests(place.tests)
     group = works.find(place)
     assert group is not None
     return works.work(place), group

@@ -98,9 +98,8 @@ def reads(
     return Reads(read_rows, columns, passes, fixed + per_column * columns)
 
 
-def gradients_memory(dim: int, samples: int, batch: int, itemsize: int) -> int:
+def gradients_memory(dim: int, rows: int, batch: int, itemsize: int) -> int:
     """Return what one block of gradients holds at once: the block, its encoded copy, and two batches."""
-    rows = min(block_rows(dim), samples)
     return dim * (rows * (4 + 4) + 2 * batch * itemsize)
 
 
@@ -120,7 +119,8 @@ class StagePlan:
         total: blocks in all.
         rows: samples in all.
         bytes_on_disk: what is there.
-        bytes_bound: upper bound of what all of it would take, uncompressed.
+        bytes_expected: what all of it would take: measured on the blocks that are there, or else before compression.
+        measured: whether it was measured.
         memory_bytes: what one process holds at once.
         passes: what it reads how often, for people.
         differs: for a miss, how the identity differs from the nearest that is cached.
@@ -132,7 +132,8 @@ class StagePlan:
     total: int
     rows: int
     bytes_on_disk: int
-    bytes_bound: int
+    bytes_expected: int
+    measured: bool
     memory_bytes: int
     passes: str
     differs: tuple[str, ...] = ()
@@ -145,10 +146,11 @@ class StagePlan:
     def __str__(self) -> str:
         """Show it in one line, and one for each difference."""
         state = "complete" if self.complete else "not begun" if not self.done else "to go on"
+        of = "about" if self.measured else "at most"
+        size = show_bytes(self.bytes_on_disk) + ("" if self.complete else f" of {of} {show_bytes(self.bytes_expected)}")
         lines = [
             f"{self.stage:<10} {self.key:<24} {self.done:>6} / {self.total:<6} blocks  {state:<9}  "
-            f"{show_bytes(self.bytes_on_disk):>9} of ≤ {show_bytes(self.bytes_bound):<9}  "
-            f"memory {show_bytes(self.memory_bytes):<9}  {self.passes}"
+            f"{size:<29}  memory {show_bytes(self.memory_bytes):<9}  {self.passes}"
         ]
         lines += [f"{'':<11}differs from what is cached: {text}" for text in self.differs]
         return "\n".join(lines)
@@ -156,10 +158,17 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do; printing it shows it."""
+    """What a run would do; printing it shows it.
+
+    Attributes:
+        title: of what.
+        stages: in the order in which they are run.
+        free: bytes on the disk of the cache.
+    """
 
     title: str
     stages: tuple[StagePlan, ...] = field(default=())
+    free: int = 0
 
     def __getitem__(self, stage: str) -> StagePlan:
         """Return the plan of one stage."""
@@ -172,7 +181,13 @@ class Plan:
 
     def __str__(self) -> str:
         """Show it as a table."""
-        return "\n".join([self.title, *map(str, self.stages)])
+        lines = [self.title, *map(str, self.stages)]
+        needed = sum(plan.bytes_expected - plan.bytes_on_disk for plan in self.stages if not plan.complete)
+        if needed:
+            how = "" if all(plan.measured or plan.complete for plan in self.stages) else "at most "
+            fits = "" if needed <= self.free else ": may not fit; a run measures a block, and refuses what does not"
+            lines.append(f"to be written: {how}{show_bytes(needed)}, free on that disk: {show_bytes(self.free)}{fits}")
+        return "\n".join(lines)
 
 
 def show_bytes(count: float) -> str:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -29,11 +32,15 @@ from influence_pipeline.cache.record import NOTHING, digest
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.samples import DIGEST_BYTES, DataSet
 from influence_pipeline.settings import RuntimeSettings
-from stages.stage import Array, ArrayLike, ArraySpec, Block, Progress, Stage, StageError
+from stages.stage import ArrayLike, ArraySpec, Block, Progress, Stage, StageError
 
 log = logging.getLogger(__name__)
 
 DIGESTS = "digests"
+MOST_TRIES = 3
+"""Times that a run computes a block before it gives up on one that does not stay valid."""
+PAUSE = 0.2
+"""Seconds between looks at what other processes compute."""
 
 
 @dataclass
@@ -44,6 +51,7 @@ class Work:
         stage: the mathematics.
         label: what people read.
         data: the data set along the grid's only axis; each sample's digest is kept beside what is computed of it.
+        whole: a data set of which every block reads the first so many samples; their digests are kept, too.
         inputs: digest of whatever else a block reads.
         before: called once before the first block that is computed here.
         computing: what surrounds all computing, such as the model's ``eval()`` mode.
@@ -55,6 +63,7 @@ class Work:
     stage: Stage
     label: str
     data: DataSet | None = None
+    whole: tuple[DataSet, int] | None = None
     inputs: Callable[[Block], bytes] = lambda block: NOTHING
     before: Callable[[], None] = lambda: None
     computing: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -66,15 +75,30 @@ class Work:
     @property
     def layout(self) -> Layout:
         """The arrays in the cache."""
-        arrays = self.stage.arrays
+        arrays, merged = self.stage.arrays, self.stage.merged
         if self.data is not None:
             axis = self.stage.grid.axes[0]
-            about = "digest of each sample as it was read"
-            arrays = (
-                *arrays,
-                ArraySpec(DIGESTS, (axis.name, "digest_byte"), (axis.length, DIGEST_BYTES), "uint8", about=about),
-            )
-        return Layout(self.stage.grid, arrays, self.stage.merged)
+            arrays = (*arrays, _digests(axis.name, axis.length))
+        if self.whole is not None:
+            merged = (*merged, _digests("sample", self.whole[1]))
+        return Layout(self.stage.grid, arrays, merged)
+
+    def samples(self, block: Block) -> bytes:
+        """Return a digest of the samples that a block reads."""
+        if self.whole is not None:
+            data, count = self.whole
+            return digest([count.to_bytes(8, "little"), data.digests(range(count))])
+        if self.data is not None:
+            return digest([self.data.digests(block.ids(self.stage.grid.axes[0].name))])
+        return NOTHING
+
+    def valid(self, group: Group, block: Block) -> bool:
+        """Say whether a block is there, and of what it would be computed of now."""
+        if group.record(block) is None:
+            return False
+        # The samples along the axis were kept with the block; whoever reads one compares it.
+        samples = self.samples(block) if self.whole is not None else None
+        return group.valid(block, samples, self.inputs(block))
 
     def ready(self) -> None:
         """Do once, in the process that computes, what must be done before the first block."""
@@ -83,27 +107,71 @@ class Work:
             self.stage.prepare()
             self._ready = True
 
-    def compute(self, block: Block, group: Group, report: Callable[[Progress], None]) -> None:
-        """Compute one block and keep it."""
-        self.ready()
-        values = self.stage.compute(block, report)
-        samples = NOTHING
-        if self.data is not None:
-            values[DIGESTS] = self.data.digests(block.ids(self.stage.grid.axes[0].name))
-            samples = digest([values[DIGESTS]])
-        group.commit(self.layout, block, values, samples, self.inputs(block))
+    def compute(self, block: Block, group: Group, report: Callable[[Progress], None]) -> bool:
+        """Compute one block and keep it; false where another process has it, or is at work on it."""
+        claim = group.claim(block)
+        if claim is None:
+            return False
+        with claim:
+            if self.valid(group, block):
+                return False
+            self.ready()
+            values = self.stage.compute(block, report)
+            if self.data is not None:
+                values[DIGESTS] = self.data.digests(block.ids(self.stage.grid.axes[0].name))
+            with _shielded():
+                return group.commit(block, values, self.samples(block), self.inputs(block), claim)
+
+    def finish(self, group: Group, report: Callable[[Progress], None]) -> None:
+        """Merge all blocks and keep that."""
+        with group.alone_merging():
+            if group.finished:
+                return
+            self.before()
+            arrays: dict[str, ArrayLike] = {
+                spec.name: group.rows(spec.name) if spec.encoding else group.array(spec.name)
+                for spec in self.layout.arrays
+            }
+            values = self.stage.finish(arrays, report)
+            if self.whole is not None:
+                values[DIGESTS] = self.whole[0].digests(range(self.whole[1]))
+            with _shielded():
+                group.commit_merged(values)
+
+
+def _digests(axis: str, length: int) -> ArraySpec:
+    about = "digest of each sample as it was read"
+    return ArraySpec(DIGESTS, (axis, "digest_byte"), (length, DIGEST_BYTES), "uint8", about=about)
+
+
+@contextmanager
+def _shielded() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until what is being written is written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def pending(work: Work, group: Group | None) -> list[Block]:
     """Return the blocks that are not there, in order."""
-    if group is None:
+    if group is None or not group.fits(work.layout):
         return list(work.stage.grid)
-    layout = work.layout
-    known = group.array("blocks").shape[:-1]
+    known = group.layout.grid.shape
     missing = []
     for block in work.stage.grid:
         inside = all(i < n for i, n in zip(block.index, known, strict=True))
-        if not inside or not group.valid(layout, block, work.inputs(block)):
+        if not inside or not work.valid(group, block):
             missing.append(block)
     return missing
 
@@ -125,10 +193,12 @@ class Outcome:
 
 Rebuild = Callable[[], tuple[Work, Group]]
 """Makes the same work in another process; must be picklable by reference."""
+Room = Callable[[list[Block]], list[Block]]
+"""Refuses blocks that do not fit the disk; returns those that may be computed before it is asked again."""
 
 
-def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, token: str) -> Outcome:
-    """Compute every missing block of a stage and merge them.
+def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, token: str, room: Room) -> Outcome:
+    """Compute every missing block of a stage, beside whatever other processes do so, and merge them.
 
     Args:
         work: the stage.
@@ -136,6 +206,7 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
         runtime: workers and progress.
         rebuild: makes work and group in worker processes.
         token: tells one run's work from another's in workers that are used again.
+        room: asked before blocks are computed.
 
     Returns:
         What was done.
@@ -144,66 +215,80 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
         RequestError: the model, the data or a setting makes the work impossible.
         WorkError: the work failed; finished blocks are kept.
     """
-    began = time.monotonic()
-    with group.lock():
-        missing = pending(work, group)
-        if not missing and group.finished(work.layout):
-            return Outcome(0, len(work.stage.grid), time.monotonic() - began)
-        group.sweep()
-        log.info("%s: %d of %d blocks to compute, into %s", work.label, len(missing), len(work.stage.grid), group.path)
-        with (
-            _threads(runtime.workers),
-            _named_errors(work.label),
-            work.computing(),
-            _Bar(work, missing, runtime.progress) as bar,
-        ):
-            if runtime.workers == 1 or len(missing) < 2:
-                for block in missing:
-                    work.compute(block, group, bar.within(block))
-                    bar.finished(block)
+    began, computed = time.monotonic(), 0
+    missing = pending(work, group)
+    if not missing and group.finished:
+        return Outcome(0, len(work.stage.grid), time.monotonic() - began)
+    log.info("%s: %d of %d blocks to compute, into %s", work.label, len(missing), len(work.stage.grid), group.path)
+    tries: Counter[tuple[int, ...]] = Counter()
+    with (
+        _threads(runtime.workers),
+        _named_errors(work.label),
+        work.computing(),
+        _Bar(work, missing, runtime.progress) as bar,
+    ):
+        while missing:
+            now = room(missing)
+            if runtime.workers == 1 or len(now) < 2:
+                done = _here(work, group, now, bar)
             else:
-                _in_workers(work, missing, runtime, rebuild, token, bar)
-            if not group.finished(work.layout):
-                arrays: dict[str, ArrayLike] = {
-                    spec.name: group.rows(spec.name) if spec.encoding else group.array(spec.name)
-                    for spec in work.layout.arrays
-                }
-                group.commit_merged(work.layout, _finish(work, arrays, bar))
+                done = _in_workers(work, group, now, runtime, rebuild, token, bar)
+            tries.update(done)
+            computed += len(done)
+            if tries and max(tries.values()) > MOST_TRIES:
+                raise WorkError(f"{group.path}: block {max(tries)} was written {MOST_TRIES} times and is not valid")
+            missing = pending(work, group)
+            if missing and not done:
+                bar.note(Progress(note=f"waiting for {group.claimed(missing[0]) or 'another process'}"))
+                time.sleep(PAUSE)
+            bar.at(missing)
+        work.finish(group, bar.note)
     seconds = time.monotonic() - began
-    log.info("%s: %d blocks computed in %.1f s", work.label, len(missing), seconds)
-    return Outcome(len(missing), len(work.stage.grid), seconds)
+    log.info("%s: %d blocks computed in %.1f s", work.label, computed, seconds)
+    return Outcome(computed, len(work.stage.grid), seconds)
 
 
-def _finish(work: Work, arrays: Mapping[str, ArrayLike], bar: _Bar) -> dict[str, Array]:
-    work.before()
-    return work.stage.finish(arrays, bar.note)
+def _here(work: Work, group: Group, missing: list[Block], bar: _Bar) -> list[tuple[int, ...]]:
+    """Compute blocks in this process; return which."""
+    done = []
+    for block in missing:
+        if work.compute(block, group, bar.within(block)):
+            done.append(block.index)
+            bar.finished(block)
+    return done
 
 
 def _in_workers(
-    work: Work, missing: list[Block], runtime: RuntimeSettings, rebuild: Rebuild, token: str, bar: _Bar
-) -> None:
+    work: Work, group: Group, missing: list[Block], runtime: RuntimeSettings, rebuild: Rebuild, token: str, bar: _Bar
+) -> list[tuple[int, ...]]:
     """Have blocks computed by processes; each writes its own and only its index comes back.
 
     Raises:
         WorkError: a worker process died.
     """
-    blocks = {block.index: block for block in missing}
+    blocks, done = {block.index: block for block in missing}, []
     threads = _threads_each(runtime.workers)
     log_file = None if runtime.log_file is None else str(runtime.log_file)
     parallel = joblib.Parallel(
         n_jobs=runtime.workers, return_as="generator_unordered", pre_dispatch="all", batch_size=1
     )
     try:
-        for index in parallel(joblib.delayed(_block_in_worker)(rebuild, token, i, threads, log_file) for i in blocks):
-            bar.finished(blocks[index])
+        jobs = (joblib.delayed(_block_in_worker)(rebuild, token, i, threads, log_file) for i in blocks)
+        for index, computed in parallel(jobs):
+            if computed:
+                done.append(index)
+                bar.finished(blocks[index])
     except BrokenProcessPool as error:
+        group.clear()
         raise WorkError(
             f"{work.label}: a worker process died, out of memory perhaps: use fewer workers or less runtime.memory. "
             f"Finished blocks are kept; the same command goes on ({error})"
         ) from error
     except BaseException:
         get_reusable_executor(max_workers=runtime.workers).shutdown(wait=True, kill_workers=True)
+        group.clear()
         raise
+    return done
 
 
 _rebuilt: dict[str, tuple[Work, Group]] = {}
@@ -211,7 +296,7 @@ _rebuilt: dict[str, tuple[Work, Group]] = {}
 
 def _block_in_worker(
     rebuild: Rebuild, token: str, index: tuple[int, ...], threads: int, log_file: str | None
-) -> tuple[int, ...]:
+) -> tuple[tuple[int, ...], bool]:
     """Compute one block in a worker process, which keeps the model and the data for the next."""
     if token not in _rebuilt:
         _rebuilt.clear()
@@ -219,8 +304,7 @@ def _block_in_worker(
         _rebuilt[token] = rebuild()
     work, group = _rebuilt[token]
     with logging_to(None if log_file is None else Path(log_file)), _named_errors(work.label), work.computing():
-        work.compute(work.stage.grid.block(index), group, lambda progress: None)
-    return index
+        return index, work.compute(work.stage.grid.block(index), group, lambda progress: None)
 
 
 @contextmanager
@@ -295,6 +379,12 @@ class _Bar:
         self._bar.n = self._done
         self._bar.refresh()
 
+    def at(self, missing: list[Block]) -> None:
+        """Count what is there, whoever made it."""
+        self._done = self._total - sum(block.rows for block in missing)
+        self._bar.n = self._done
+        self._bar.refresh()
+
 
 @contextmanager
 def logging_to(path: Path | None) -> Iterator[None]:
@@ -348,3 +438,10 @@ def shared(value: Any) -> Iterator[Path]:
 def take_shared(path: Path) -> Any:
     """Load what :func:`shared` keeps, in a worker process."""
     return cloudpickle.loads(path.read_bytes())
+
+
+@contextmanager
+def watched(label: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """Show how far something long is that is no stage; give what counts further."""
+    with tqdm(total=total, desc=label, disable=None if show else True, dynamic_ncols=True) as bar:
+        yield bar.update

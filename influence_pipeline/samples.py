@@ -27,13 +27,18 @@ def digest(sample: Any) -> bytes:
         RequestError: the sample holds something that has no stable bytes.
     """
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    _feed(state, sample)
+    try:
+        _feed(state, sample)
+    except RecursionError:
+        raise RequestError("a sample holds itself, or is nested too deeply for a digest to be taken") from None
     return state.digest()
 
 
 def _feed(state: Any, value: Any) -> None:
     if isinstance(value, Tensor):
-        value = value.detach().cpu().contiguous()
+        if value.layout != torch.strided or value.device.type == "meta":
+            raise RequestError(f"a sample holds a tensor of {value.layout} on {value.device}: dense ones are needed")
+        value = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
         state.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
         state.update(value.flatten().view(torch.uint8).numpy())
     elif isinstance(value, (np.ndarray, np.generic)):
@@ -99,6 +104,7 @@ class DataSet:
         self._length = check_dataset(data, name)
         self._digests = np.zeros((self._length, DIGEST_BYTES), np.uint8)
         self._known = np.zeros(self._length, bool)
+        self._fetched = np.zeros(self._length, bool)
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -118,22 +124,28 @@ class DataSet:
 
     def batches(self, ids: Sequence[int], size: int) -> Iterator[Batch]:
         """Yield some samples in order, ``size`` at a time; read by worker processes where there are any."""
-        parts = [ids[start : start + size] for start in range(0, len(ids), size)]
         if self._workers and self._kept is None:
-            loader = DataLoader(
-                _Fetch(self.data, self.name),
-                batch_size=None,
-                sampler=parts,
-                collate_fn=_Fetch.as_it_is,
-                num_workers=self._workers,
-            )
-            for part, samples in zip(parts, loader, strict=True):
+            for part, samples in self._read(ids, size):
                 for position, sample in zip(part, samples, strict=True):
                     self._remember(position, sample)
                 yield self._collated(samples)
             return
-        for part in parts:
-            yield self.batch(part)
+        for start in range(0, len(ids), size):
+            yield self.batch(ids[start : start + size])
+
+    def _read(self, ids: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], list[Any]]]:
+        """Yield positions and samples, ``size`` at a time; read by worker processes where there are any."""
+        parts, reader = [ids[start : start + size] for start in range(0, len(ids), size)], _Fetch(self.data, self.name)
+        if not self._workers:
+            yield from ((part, [fetch(self.data, self.name, position) for position in part]) for part in parts)
+            return
+        loader = DataLoader(
+            reader, batch_size=None, sampler=parts, collate_fn=_Fetch.as_it_is, num_workers=self._workers
+        )
+        for part, samples in zip(parts, loader, strict=True):
+            if isinstance(samples, WorkError):
+                raise samples
+            yield part, samples
 
     def keep(self) -> None:
         """Hold the whole data set as tensors from now on, where that is possible and fits ``keep_bytes``."""
@@ -162,11 +174,45 @@ class DataSet:
         return sample
 
     def digests(self, ids: Sequence[int]) -> Array:
-        """Return the digests of some samples, (n, 16) uint8; those not read yet are fetched."""
-        for position in ids:
-            if not self._known[position]:
-                self.sample(position)
-        return self._digests[list(ids)]
+        """Return the digests of some samples, (n, 16) uint8; those neither read nor expected are fetched."""
+        rows = np.asarray(ids, dtype=np.int64)
+        for position in rows[~self._known[rows]].tolist():
+            self.sample(position)
+        found: Array = self._digests[rows]
+        return found
+
+    def expect(self, digests: Array, start: int) -> None:
+        """Refuse, from now on, samples that are not those of which something is cached.
+
+        Args:
+            digests: (n, 16) uint8, of samples one after the other.
+            start: position of the first.
+        """
+        part = slice(start, min(start + len(digests), self._length))
+        new = ~self._known[part]
+        self._digests[part][new] = digests[: len(new)][new]
+        self._known[part] = True
+
+    @property
+    def expected(self) -> list[int]:
+        """The positions of samples whose digest is known."""
+        found: list[int] = np.flatnonzero(self._known).tolist()
+        return found
+
+    def forget(self) -> None:
+        """Expect nothing of any sample."""
+        self._known[:], self._fetched[:], self._kept = False, False, None
+
+    def changed(self, ids: Sequence[int], report: Callable[[int], None] = lambda count: None) -> dict[int, Array]:
+        """Fetch some samples, and return the digests of those that are not what was expected, by position."""
+        found = {}
+        for part, samples in self._read(ids, 32):
+            for position, sample in zip(part, samples, strict=True):
+                now = np.frombuffer(digest(sample), np.uint8)
+                if self._known[position] and not np.array_equal(now, self._digests[position]):
+                    found[position] = now
+            report(len(part))
+        return found
 
     def check_fixed(self, ids: Sequence[int]) -> None:
         """Fetch some samples twice and refuse a data set that gives another one the second time.
@@ -181,11 +227,13 @@ class DataSet:
     def _remember(self, position: int, sample: Any) -> None:
         found = np.frombuffer(digest(sample), np.uint8)
         if self._known[position] and not np.array_equal(self._digests[position], found):
+            if not self._fetched[position]:
+                raise CacheMismatch(changed_samples(self.name, [position]))
             raise CacheMismatch(
                 f"data set {self.name!r}: sample {position} differs when fetched twice. Influence is about fixed "
                 "samples: turn random augmentation off (use the evaluation transform), or fix its seed by sample"
             )
-        self._digests[position], self._known[position] = found, True
+        self._digests[position], self._known[position], self._fetched[position] = found, True, True
 
     def _collated(self, samples: list[Any]) -> Batch:
         try:
@@ -201,6 +249,42 @@ class DataSet:
         return to_device(batch, self._device)
 
 
+class First:
+    """The first samples of a data set, as stages see it."""
+
+    def __init__(self, data: DataSet, count: int) -> None:
+        """Leave out all but the first ``count``."""
+        self._data, self._count = data, count
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return self._count
+
+    def batch(self, ids: Sequence[int]) -> Batch:
+        """Collate some samples, on the device."""
+        return self._data.batch(ids)
+
+    def batches(self, ids: Sequence[int], size: int) -> Iterator[Batch]:
+        """Yield some samples in order, ``size`` at a time."""
+        return self._data.batches(ids, size)
+
+
+def changed_samples(name: str, ids: Sequence[int]) -> str:
+    """Say what is to be done about samples that are not those of which something is cached."""
+    return (
+        f"data set {name!r}: sample{'s' * (len(ids) > 1)} {shown_ids(ids)} "
+        f"{'are not what they were' if len(ids) > 1 else 'is not what it was'} when the cache was made of them. "
+        "`run --refresh` computes anew what came of changed samples; `run --accept-data` keeps it where the model "
+        "gives the same gradients (another decoder, another machine); `verify` lists all that changed. "
+        "For another data set choose another name, or another cache"
+    )
+
+
+def shown_ids(ids: Sequence[int]) -> str:
+    """Write ids for people."""
+    return ", ".join(map(str, ids[:10])) + (f", … ({len(ids)} in all)" if len(ids) > 10 else "")
+
+
 class _Fetch(Dataset[Any]):
     """Lists of samples by lists of positions, for a loader's worker processes."""
 
@@ -208,12 +292,16 @@ class _Fetch(Dataset[Any]):
         self.data, self.name = data, name
 
     @staticmethod
-    def as_it_is(samples: list[Any]) -> list[Any]:
+    def as_it_is(samples: Any) -> Any:
         """Keep the loader from making tensors of what the data set gave."""
         return samples
 
-    def __getitem__(self, positions: Sequence[int]) -> list[Any]:
-        return [fetch(self.data, self.name, position) for position in positions]
+    def __getitem__(self, positions: Sequence[int]) -> list[Any] | WorkError:
+        """Return samples, or the error: a loader would raise it with the traceback of its process for a text."""
+        try:
+            return [fetch(self.data, self.name, position) for position in positions]
+        except WorkError as error:
+            return error
 
 
 def fetch(data: Dataset[Any], name: str, position: int) -> Any:

@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -17,7 +18,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from influence_pipeline.errors import RequestError
 from stages.s_test import solvers
 from stages.s_test.cg import Cg
-from stages.s_test.solver import Solver
+from stages.s_test.solver import Count, RelativeDamping, Solver, Whole, no_switch
+
+
+def _named(given: Any) -> Any:
+    """Take cg where no solver is named.
+
+    Raises:
+        ValueError: the name is no text.
+    """
+    if not isinstance(given, dict):
+        return given
+    if not isinstance(given.get("solver", ""), str):
+        raise ValueError("solver must be a text, the name of one")
+    return {"solver": "cg", **given}
+
 
 if TYPE_CHECKING:
     AnySolver = Solver
@@ -25,12 +40,13 @@ else:
     AnySolver = Annotated[
         Union[tuple(solvers().values())],  # noqa: UP007 - of what is found
         Field(discriminator="solver"),
-        BeforeValidator(lambda given: {"solver": "cg", **given} if isinstance(given, dict) else given),
+        BeforeValidator(_named),
     ]
 
 _UNITS = {"": 1, "B": 1} | {f"{p}iB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)} | {
     f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)
 }  # fmt: skip
+MOST_BYTES = 2**60
 
 
 def parse_bytes(value: Any) -> Any:
@@ -43,11 +59,24 @@ def parse_bytes(value: Any) -> Any:
         return value
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
     if not match or match[2] not in _UNITS:
-        raise ValueError(f'{value!r} is no amount of memory: write a number of bytes, or for example "2 GiB"')
-    return int(float(match[1]) * _UNITS[match[2]])
+        raise ValueError(f'{_show(value)} is no amount of memory: write a number of bytes, or for example "2 GiB"')
+    amount = float(match[1]) * _UNITS[match[2]]
+    return int(min(amount, 2.0 * MOST_BYTES))
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+def check_path(value: Any) -> Any:
+    """Refuse what names no file.
+
+    Raises:
+        ValueError: the path is empty, or has a NUL character.
+    """
+    if isinstance(value, (str, Path)) and (not str(value).strip() or "\0" in str(value)):
+        raise ValueError("a path must not be empty, and has no NUL character")
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), BeforeValidator(no_switch), Field(gt=0, le=MOST_BYTES)]
+AnyPath = Annotated[Path, BeforeValidator(check_path)]
 
 
 class _Section(BaseModel):
@@ -76,7 +105,7 @@ class InfluenceSettings(_Section):
         store_scores: keep every score (test, sample), not the rankings alone.
     """
 
-    top_k: Annotated[int, Field(gt=0)] = 500
+    top_k: Count = 500
     store_scores: bool = True
 
 
@@ -93,11 +122,11 @@ class RuntimeSettings(_Section):
     """
 
     device: str = "auto"
-    workers: Annotated[int, Field(gt=0)] = 1
+    workers: Count = 1
     memory: Bytes = 2 * 2**30
-    device_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    device_batch: Literal["auto"] | Count = "auto"
     progress: bool = True
-    log_file: Path | None = None
+    log_file: AnyPath | None = None
 
 
 class TestSelection(_Section):
@@ -112,8 +141,8 @@ class TestSelection(_Section):
     __test__ = False
 
     of: str | None = None
-    per_class: Annotated[int, Field(gt=0)]
-    start: Annotated[int, Field(ge=0)] = 0
+    per_class: Count
+    start: Whole = 0
 
 
 class Settings(_Section):
@@ -130,7 +159,7 @@ class Settings(_Section):
     """
 
     experiment: str | None = None
-    cache: Path | None = None
+    cache: AnyPath | None = None
     tests: dict[str, TestSelection] = {}
     grad_z: GradZSettings = GradZSettings()
     s_test: AnySolver = Cg()
@@ -143,7 +172,7 @@ class Settings(_Section):
             check_name(name, "tests")
         return self
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         """Check the settings.
 
         Raises:
@@ -166,10 +195,11 @@ class Settings(_Section):
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RequestError(f"{path}: no such file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path}: cannot be read: {error}") from None
         except tomllib.TOMLDecodeError as error:
             raise RequestError(f"{path}: not valid TOML: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            # Beside the disk's: bytes that are no text, numbers and nesting that are beyond what Python reads.
+            raise RequestError(f"{path}: cannot be read: {error}") from None
         try:
             settings = cls(**values)
         except RequestError as error:
@@ -188,15 +218,21 @@ class Settings(_Section):
         return self.model_copy(update=changed)
 
 
-def check_name(name: str, where: str) -> str:
+def check_name(name: Any, where: str) -> str:
     """Refuse a name that cannot be part of a folder's name.
 
     Raises:
-        RequestError: the name has other characters than letters, digits, "_", "-" and ".".
+        RequestError: the name has other characters than letters, digits, "_", "-" and ".", or begins with "-" or ".".
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
-        raise RequestError(f"{where}: {name!r} must be made of letters, digits, '_', '-' and '.', at most 64 of them")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
+        raise RequestError(
+            f"{where}: {_show(name)} must be made of letters, digits, '_', '-' and '.', at most 64 of them, and begin "
+            "with a letter, a digit or '_'"
+        )
     return name
+
+
+MOST_LINES = 20
 
 
 def _explain(error: ValidationError) -> str:
@@ -211,13 +247,44 @@ def _explain(error: ValidationError) -> str:
         tests = problem["loc"][1:2] if problem["loc"][:1] == ("tests",) else ()
         unknown = problem["type"] == "extra_forbidden"
         last = problem["loc"][-1:] if unknown else ()
-        place = ".".join(str(part) for part in problem["loc"] if part in known or part in tests or part in last)
-        message = problem["msg"].removeprefix("Value error, ")
+        place = ".".join(_key(part) for part in problem["loc"] if part in known or part in tests or part in last)
+        message, found = problem["msg"].removeprefix("Value error, "), problem["input"]
         if unknown:
-            close = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+            close = difflib.get_close_matches(str(last[0]), _neighbours(problem["loc"]), 1)
             message = "unknown setting" + (f"; did you mean {close[0]!r}?" if close else "")
+        elif problem["type"] == "union_tag_invalid":
+            place, found = f"{place}.solver", found["solver"] if isinstance(found, dict) else found
+            message = f"must be one of {problem['ctx']['expected_tags']} (found {_show(found)})"
         elif problem["type"] != "missing":
-            message += f" (found {problem['input']!r})"
+            message += f" (found {_show(found)})"
         lines.setdefault(place or "settings", []).append(message)
     wrong = f"{len(lines)} setting{'s are' if len(lines) > 1 else ' is'} wrong"
-    return "\n".join([wrong, *(f"  {place}: {'; or: '.join(found)}" for place, found in lines.items())])
+    shown = [f"  {place}: {'; or: '.join(messages)}" for place, messages in lines.items()]
+    more = [f"  … and {len(shown) - MOST_LINES} more"] if len(shown) > MOST_LINES else []
+    return "\n".join([wrong, *shown[:MOST_LINES], *more])
+
+
+def _neighbours(place: tuple[str | int, ...]) -> Iterable[str]:
+    """Return the settings that could be meant by an unknown one at this place."""
+    if len(place) == 1:
+        return Settings.model_fields
+    if place[0] == "s_test":
+        return solvers()[str(place[1])].model_fields if len(place) == 3 else RelativeDamping.model_fields
+    sections: dict[Any, type[BaseModel]] = {
+        "grad_z": GradZSettings, "influence": InfluenceSettings, "runtime": RuntimeSettings, "tests": TestSelection
+    }  # fmt: skip
+    return sections[place[0]].model_fields
+
+
+def _key(part: str | int) -> str:
+    """Write a key as TOML does: quoted where it is more than letters, digits, "_" and "-"."""
+    return part if isinstance(part, str) and re.fullmatch(r"[A-Za-z0-9_-]+", part) else _show(part)
+
+
+def _show(value: Any) -> str:
+    """Show what was given, in a part of a line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or endless nesting
+        return f"a {type(value).__name__} too large to be shown"
+    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -101,7 +103,7 @@ class Task:
         return {
             "outputs": _defined_by(self, "outputs"),
             "losses": _defined_by(self, "losses"),
-            "version": self.version,
+            "version": plain(self.version),
             **_attributes(self, lambda name: not name.startswith("measurement")),
         }
 
@@ -138,9 +140,13 @@ class Regression(Task):
         """Return the squared error of each sample, (B,).
 
         Raises:
-            RequestError: outputs and targets differ in size.
+            RequestError: targets are no tensor, or outputs and targets differ in size.
         """
         targets = targets_of(batch)
+        if not isinstance(targets, Tensor):
+            raise RequestError(
+                f"Regression: targets must be numbers, got a {type(targets).__name__} for a batch of them"
+            )
         if outputs.numel() != targets.numel():
             raise RequestError(
                 f"Regression: outputs have shape {tuple(outputs.shape)} and targets {tuple(targets.shape)}: "
@@ -191,6 +197,8 @@ def plain(value: Any) -> Any:
     Raises:
         RequestError: the value has no such form.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float {value}"
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
@@ -198,12 +206,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [plain(entry) for entry in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(plain(entry) for entry in value)
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
+        entries = [plain(entry) for entry in value]
+        alike = any(all(isinstance(entry, kind) for entry in entries) for kind in ((int, float), str))
+        return sorted(entries) if alike else sorted(entries, key=repr)
+    if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
+        value = value.detach().cpu().resolve_conj().resolve_neg()
         digest = hashlib.sha256(value.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
         return f"tensor {tuple(value.shape)} {value.dtype} {digest[:16]}"
-    if hasattr(value, "tobytes"):
+    if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
         return f"array {value.shape} {value.dtype} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)

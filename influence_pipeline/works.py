@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from influence_pipeline import plan
 from influence_pipeline.cache import Cache, Group, group_name
 from influence_pipeline.cache.encoding import round_trip
 from influence_pipeline.cache.record import digest
 from influence_pipeline.context import Context, sentinels
-from influence_pipeline.errors import MissingStage, RequestError
+from influence_pipeline.errors import CacheMismatch, MissingStage, RequestError
 from influence_pipeline.plan import show_bytes
-from influence_pipeline.runner import Work
-from influence_pipeline.samples import DataSet
-from stages.grad_z import ComputedRows, GradZ
+from influence_pipeline.runner import DIGESTS, Work
+from influence_pipeline.samples import DataSet, changed_samples
+from stages.grad_z import ComputedRows, GradZ, PerSample
 from stages.influence import Influence
 from stages.s_test import STest
 from stages.s_test.prepare import Prepare
 from stages.stage import Array, ArrayLike, Block, Grid, StageError
+
+SAME = 0.01
+"""Largest relative difference between a cached gradient and the same one computed again, on another device perhaps."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,125 @@ class Place:
 class Works:
     """The stages of one loaded experiment over one cache."""
 
-    def __init__(self, context: Context, cache: Cache) -> None:
-        """Put nothing together yet."""
-        self.context, self.cache = context, cache
+    def __init__(self, context: Context, cache: Cache, *, keep_curvature: bool = False) -> None:
+        """Put nothing together yet.
+
+        Args:
+            context: the loaded experiment.
+            cache: where everything is kept.
+            keep_curvature: take H and 1/N of the training set as it was when they were computed.
+        """
+        self.context, self.cache, self.keep_curvature = context, cache, keep_curvature
         self.settings = context.settings
+        self._compared: set[int] = set()
 
     def find(self, place: Place) -> Group | None:
         """Return the group of a stage, None where there is none."""
         return self.cache.find(place.stage, place.name)
+
+    def band(self, place: Place, axis: str, otherwise: int) -> int:
+        """Return the band of an axis: of the group where there is one, so that blocks stay what they are."""
+        group = self.find(place)
+        return otherwise if group is None else int(group.attributes["bands"][axis])
+
+    @property
+    def curvature_samples(self) -> int:
+        """How many training samples H and 1/N are of: all, or those that a kept curvature was computed over.
+
+        Raises:
+            RequestError: a curvature is to be kept, and there is none.
+        """
+        count = len(self.context.train)
+        if not self.keep_curvature:
+            return count
+        place = self.curvature_place()
+        group = None if place is None else self.find(place)
+        if group is None or DIGESTS not in group or not group.progress()[0]:
+            what = f"solver {self.settings.s_test.solver!r} has none" if place is None else "none is cached"
+            raise RequestError(f"no curvature can be kept: {what}. Leave --keep-curvature out")
+        return min(count, int(group.array(DIGESTS).shape[0]))
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+
+    def expect(self) -> None:
+        """Have the training set refuse samples other than those of which something is cached."""
+        train = self.context.train
+        for place in (self.grad_z_place(), self.curvature_place()):
+            if place is not None and len(train.expected) < len(train):
+                expect_digests(self.find(place), train)
+
+    def expect_tests(self, tests: str) -> None:
+        """Have a test set refuse samples other than those of which something is cached, under whatever settings."""
+        data = self.context.test(tests)
+        for group in (self.find(self.s_test_place(tests)), *self.cache.groups("s_test")):
+            if group is not None and group.attributes["tests"] == tests and len(data.expected) < len(data):
+                expect_digests(group, data)
+
+    def compare(self, data: DataSet) -> None:
+        """Compare a few samples of a data set with what is cached of it, once.
+
+        Raises:
+            CacheMismatch: naming the samples that differ.
+        """
+        if id(data) in self._compared:
+            return
+        known = data.expected
+        changed = data.changed([known[position] for position in sentinels(len(known))])
+        if changed:
+            raise CacheMismatch(changed_samples(data.name, sorted(changed)))
+        self._compared.add(id(data))
+
+    def check_code(self) -> None:
+        """Compute one cached gradient again, since the code of a task is not part of its identity.
+
+        Raises:
+            CacheMismatch: it is not the one that is cached.
+        """
+        group = self.find(self.grad_z_place())
+        rows = [] if group is None else committed(group)
+        if group is None or not rows:
+            return
+        norm = group.array("norm")
+        among = [rows[position] for position in sentinels(len(rows))]
+        row = max(among, key=lambda i: float(norm[i]))
+        differs = self.differs(group, [row])
+        if differs:
+            raise CacheMismatch(
+                f"the code of the task, or of the model, is not the one that the cached gradients are of: {differs[0]} "
+                f"({group.path}). Undo the change, or raise `version` of the task"
+            )
+
+    def differs(self, group: Group, rows: Iterable[int]) -> list[str]:
+        """Compute cached gradients again; return what is to be said of those that are others."""
+        stage, found = self._grad_z_stage(), []
+        with self.context.evaluating():
+            for row in rows:
+                values = stage.compute(Block((0,), {"sample": slice(row, row + 1)}))
+                now, cached = values["gradients"][0], group.rows("gradients")[row : row + 1, :][0]
+                size = max(float(np.linalg.norm(now)), float(np.linalg.norm(cached)))
+                off = float(np.linalg.norm(now - cached)) / size if size else 0.0
+                loss, kept = float(values["loss"][0]), float(group.array("loss")[row])
+                if off > SAME or abs(loss - kept) > SAME * max(abs(loss), abs(kept), 1e-3):
+                    found.append(
+                        f"training sample {row} has a gradient {off:.1%} off the cached one "
+                        f"(loss {loss:.5g}, cached {kept:.5g})"
+                    )
+        return found
+
+    def tests_differ(self, tests: str, rows: Sequence[int]) -> list[str]:
+        """Compute cached measurements again; return what is to be said of those that are others."""
+        group, data, found = self.find(self.s_test_place(tests)), self.context.test(tests), []
+        rows = [] if group is None else sorted(set(rows) & set(committed(group)))
+        if group is None or not rows:
+            return ["no measurement of the changed samples is cached to compare with"]
+        per_sample = PerSample(self.context.function, self.context.function.measurements, data, 1)
+        with self.context.evaluating():
+            values = [float(values[0]) for _, _, values in per_sample.rows(rows)]
+        for row, now in zip(rows, values, strict=True):
+            cached = float(group.array("measurement")[row])
+            if abs(now - cached) > SAME * max(abs(now), abs(cached), 1e-3):
+                found.append(f"test sample {row} has a measurement of {now:.5g}, cached {cached:.5g}")
+        return found
 
     # ---- places --------------------------------------------------------------------------------------------------
 
@@ -96,16 +213,27 @@ class Works:
         except StageError as error:
             raise RequestError(f"{place.stage}: {error}") from error
 
+    def undamaged(self, place: Place) -> Work:
+        """Return the work of a stage as it would be were nothing cached: its layout follows from sizes alone."""
+        return Works(self.context, Cache(self.cache.path / "nothing")).work(place)
+
     def _grad_z(self) -> Work:
         context = self.context
         dim, batch = context.dim, context.gradient_batch
-        needed = plan.gradients_memory(dim, len(context.train), batch, context.function.dtype.itemsize)
+        stage = self._grad_z_stage()
+        rows = min(stage.grid.axes[0].band, len(context.train))
+        needed = plan.gradients_memory(dim, rows, batch, context.function.dtype.itemsize)
         self._refuse(needed, f"grad_z: a block of gradients with {dim} coordinates")
+
+        def before() -> None:
+            _check_fixed(context.train)
+            self.check_code()
+
         return Work(
-            self._grad_z_stage(),
+            stage,
             "grad_z",
             context.train,
-            before=lambda: _check_fixed(context.train),
+            before=before,
             computing=context.evaluating,
             memory_bytes=needed,
             passes="1 pass over the training set",
@@ -113,19 +241,29 @@ class Works:
 
     def _grad_z_stage(self) -> GradZ:
         context, encoding = self.context, self.settings.grad_z.encoding
-        return GradZ(context.function, context.train, plan.block_rows(context.dim), encoding, context.gradient_batch)
+        rows = self.band(self.grad_z_place(), "sample", plan.block_rows(context.dim))
+        return GradZ(context.function, context.train, rows, encoding, context.gradient_batch)
 
     def _curvature(self) -> Work:
-        context, solver = self.context, self.settings.s_test
+        context, solver, count = self.context, self.settings.s_test, self.curvature_samples
         solver.check_size(context.dim, context.memory)
-        stage = Prepare(solver, context.curvature, plan.block_rows(context.dim, plan.MOST_TESTS))
+        place = self.curvature_place()
+        assert place is not None
+        rows = plan.block_rows(context.dim, plan.MOST_TESTS)
+        band = self.band(place, "coordinate", rows) if solver.dense else rows
+        stage = Prepare(solver, context.curvature(count), band)
         vectors = stage.grid.axes[0].band if solver.dense else plan.PROBE_VECTORS
+
+        def before() -> None:
+            self.check_code()
+            context.train.keep()
+
         return Work(
             stage,
             "curvature",
             unit="rows of H" if solver.dense else "parts",
-            inputs=lambda block: context.train_fingerprint,
-            before=context.train.keep,
+            whole=(context.train, count),
+            before=before,
             computing=context.evaluating,
             memory_bytes=3 * context.dim * context.function.dtype.itemsize * vectors,
             passes=f"{context.dim if solver.dense else plan.PROBE_VECTORS} products with H",
@@ -135,13 +273,15 @@ class Works:
         context, solver = self.context, self.settings.s_test
         for_one = solver.state_vectors * context.dim * context.function.dtype.itemsize
         self._refuse(for_one, f"s_test: solver {solver.solver!r}, for one test sample,")
-        rows = plan.block_rows(context.dim, plan.MOST_TESTS)
+        rows = self.band(self.s_test_place(tests), "test", plan.block_rows(context.dim, plan.MOST_TESTS))
         data = context.test(tests)
         prepared, basis = self._prepared()
-        stage = STest(solver, context.curvature, prepared, data, rows, context.gradient_batch, context.memory)
+        curvature = context.curvature(self.curvature_samples)
+        stage = STest(solver, curvature, prepared, data, rows, context.gradient_batch, context.memory)
 
         def before() -> None:
             _check_fixed(data)
+            self.check_code()
             if solver.preparation() is not None:
                 context.train.keep()
 
@@ -165,9 +305,9 @@ class Works:
         if group is None:
             return {}, digest([])
         names = (*solver.summary_names(), *(("matrix",) if solver.dense else ()))
-        grid = self._curvature().stage.grid
-        basis = digest([self.context.train_fingerprint, group.fingerprint(grid)])
-        return {name: group.array(name) for name in names}, basis
+        work = self._curvature()
+        there: dict[str, ArrayLike] = {name: group.array(name) for name in names}
+        return there, group.contents(work.stage.grid, lambda block: work.valid(group, block))
 
     def _influence(self, tests: str) -> Work:
         context, settings = self.context, self.settings.influence
@@ -176,9 +316,13 @@ class Works:
             if "top_k" in settings.model_fields_set:
                 raise RequestError(f"influence.top_k = {top_k}, and there are {len(context.train)} training samples")
             top_k = len(context.train)
-        rows = plan.block_rows(context.dim)
-        bands = plan.MOST_SCORED_TESTS, plan.train_band(rows, settings.top_k)
-        data, s_test = context.test(tests), self.s_test_place(tests)
+        rows = self._grad_z_stage().grid.axes[0].band
+        place = self.influence_place(tests)
+        bands = (
+            self.band(place, "test", plan.MOST_SCORED_TESTS),
+            self.band(place, "sample", plan.train_band(rows, settings.top_k)),
+        )
+        data, s_test, over = context.test(tests), self.s_test_place(tests), self.curvature_samples
         solved = self.find(s_test)
         vectors = _Absent((len(data), context.dim)) if solved is None else solved.rows("vectors")
         gradients, of_band, computed = self._gradients()
@@ -193,18 +337,27 @@ class Works:
             read_rows=reads.rows,
             read_columns=reads.columns,
             rows_first=computed,
+            curvature_samples=over,
             top_k=top_k,
             store_scores=settings.store_scores,
         )
-        s_grid = self._s_test(tests).stage.grid
+        solving = self._s_test(tests)
 
-        def inputs(block: Block) -> bytes:
+        @functools.cache
+        def of_tests(start: int, stop: int) -> bytes:
             if solved is None:
                 return digest([])
-            solutions = solved.fingerprint(_covering(s_grid, block.bounds["test"]))
-            ids = train_ids[block.bounds["sample"]], test_ids[block.bounds["test"]]
-            count = len(context.train).to_bytes(8, "little")  # scores are divided by N
-            return digest([solutions, of_band(block.bounds["sample"]), count, *ids])
+            covered = _covering(solving.stage.grid, slice(start, stop))
+            return solved.contents(covered, lambda one: solving.valid(solved, one))
+
+        @functools.cache
+        def of_samples(start: int, stop: int) -> bytes:
+            return of_band(slice(start, stop))
+
+        def inputs(block: Block) -> bytes:
+            tests, samples = block.bounds["test"], block.bounds["sample"]
+            read = of_tests(tests.start, tests.stop), of_samples(samples.start, samples.stop)
+            return digest([*read, over.to_bytes(8, "little"), train_ids[samples], test_ids[tests]])
 
         of = "the training set, computing gradients" if computed else "grad_z"
         return Work(
@@ -227,11 +380,14 @@ class Works:
             def rows(block: Block) -> Array:
                 return round_trip(stage.compute(block)["gradients"], encoding)
 
-            return ComputedRows(stage, rows), lambda band: context.train_fingerprint, True
+            def of_band(band: slice) -> bytes:
+                return digest([context.train.digests(range(band.start, band.stop))])
+
+            return ComputedRows(stage, rows), of_band, True
         group = self.find(self.grad_z_place())
         if group is None:
             return _Absent((len(context.train), context.dim)), lambda band: digest([]), False
-        return group.rows("gradients"), lambda band: group.fingerprint(_covering(stage.grid, band)), False
+        return group.rows("gradients"), lambda band: group.contents(_covering(stage.grid, band)), False
 
     def _refuse(self, needed: int, what: str) -> None:
         """Refuse what does not fit the memory.
@@ -260,6 +416,26 @@ def _covering(grid: Grid, part: slice) -> Sequence[Block]:
     """Return the blocks of a one-dimensional grid that cover a part of it."""
     band = grid.axes[0].band
     return [grid.block((i,)) for i in range(part.start // band, -(-part.stop // band))]
+
+
+def committed(group: Group) -> list[int]:
+    """Return the entries along a group's only axis of all blocks that are there."""
+    axis = group.layout.grid.axes[0].name
+    return [i for block in group.layout.grid if group.valid(block) for i in block.ids(axis)]
+
+
+def expect_digests(group: Group | None, data: DataSet) -> None:
+    """Have a data set refuse samples other than those of which a group is."""
+    if group is None or DIGESTS not in group:
+        return
+    stored = group.array(DIGESTS)
+    if any(spec.name == DIGESTS for spec in group.layout.merged):
+        parts = [slice(0, stored.shape[0])] if group.finished else []
+    else:
+        axis = group.layout.grid.axes[0].name
+        parts = [block.bounds[axis] for block in group.layout.grid if group.valid(block)]
+    for part in parts:
+        data.expect(stored[part], part.start)
 
 
 def _check_fixed(data: DataSet) -> None:

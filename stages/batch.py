@@ -57,6 +57,11 @@ def size(tree: Batch) -> int:
     return int(sizes.pop())
 
 
+def shapes(tree: Batch) -> str:
+    """Say, for people, what tensors a batch holds."""
+    return ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in split(tree)[0])
+
+
 def take(tree: Batch, index: int) -> Batch:
     """Return the batch that holds one sample of this one; lists of the batch's length are cut as tensors are."""
     count = size(tree)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from stages.batch import size
+from stages.batch import shapes, size
+from stages.grad_z import loop, refuse_infinite
+from stages.grad_z.choose import naming
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch, Progress, Report, Samples, StageError, silent
 
@@ -51,7 +53,11 @@ class Curvature:
         return self.function.size
 
     def product(self, vectors_TD: Tensor, ids: Sequence[int] | None = None, report: Report = silent) -> Tensor:
-        """Return H v for each row v, (T, D), with the mean over ``ids`` (default: the whole training set)."""
+        """Return H v for each row v, (T, D), with the mean over ``ids`` (default: the whole training set).
+
+        Raises:
+            StageError: finite vectors have products that are not.
+        """
         ids = range(len(self.samples)) if ids is None else ids
         total_TD = torch.zeros_like(vectors_TD)
         done = 0
@@ -59,6 +65,13 @@ class Curvature:
             total_TD += self._sum(batch, vectors_TD)
             done += size(batch)
             report(Progress(done, len(ids), f"{self.kind} products"))
+        if not torch.isfinite(total_TD).all() and torch.isfinite(vectors_TD).all():
+            self.gradient()  # where that is not finite either, it names the samples
+            raise StageError(
+                f"curvature = {self.kind!r}: its products are NaN or infinite. Some training sample's loss has no "
+                f"finite second derivative, or it is beyond {self.function.dtype}: look at the scale of inputs and "
+                'losses, or use solver = "identity"'
+            )
         return total_TD / len(ids) + self.l2 * vectors_TD
 
     def batch_product(self, batch: Batch, vectors_TD: Tensor) -> Tensor:
@@ -72,10 +85,15 @@ class Curvature:
         done = 0
         for batch in self.samples.batches(range(len(self.samples)), self.batch_size):
             leaves = {name: parameter.detach().requires_grad_() for name, parameter in params.items()}
-            found = torch.autograd.grad(
-                self._total_loss(leaves, batch), list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
-            total_D += self.function.flatten(dict(zip(leaves, found, strict=True)))
+            ids = range(done, done + size(batch))
+            with naming(f"at training samples {ids[0]} to {ids[-1]}"):
+                found = torch.autograd.grad(
+                    self._total_loss(leaves, batch), list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
+            flat_D = self.function.flatten(dict(zip(leaves, found, strict=True)))
+            if not torch.isfinite(flat_D).all():
+                refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), ids)
+            total_D += flat_D
             done += size(batch)
             report(Progress(done, len(self.samples), "mean gradient"))
         return total_D / len(self.samples) + self.l2 * self.function.flatten(params)
@@ -87,17 +105,21 @@ class Curvature:
         """Return the sum over a batch, without the penalty.
 
         Raises:
-            StageError: the model has an operation that lacks a derivative.
-            OutOfMemoryError: the device has not enough memory.
+            StageError: the model has an operation that lacks a derivative, or raised.
+            MemoryError: there is not enough.
+            OutOfMemoryError: not on the device.
         """
         try:
             return self._products(self._linear(batch), size(batch), vectors_TD)
-        except torch.OutOfMemoryError:
+        except (StageError, MemoryError, torch.OutOfMemoryError):
             raise
-        except RuntimeError as error:
+        except Exception as error:
+            with torch.no_grad(), naming(f"on a batch of {shapes(batch)}"):
+                self.function.losses(self.function.params, batch)
+            what = str(error).partition("\n")[0] or type(error).__name__
             raise StageError(
                 f"curvature = {self.kind!r} needs derivatives that this model does not give "
-                f"({str(error).splitlines()[0]}): replace that operation, choose parameters behind it, or use "
+                f"({what}): replace that operation, choose parameters behind it, or use "
                 'solver = "identity"'
             ) from error
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -57,6 +56,13 @@ def select(model: nn.Module, globs: Sequence[str]) -> dict[str, nn.Parameter]:
     }
     if not chosen:
         raise StageError(f"parameters: none of {', '.join(named)} is matched by {list(globs)} and requires a gradient")
+    for name, parameter in chosen.items():
+        if not parameter.is_floating_point():
+            raise StageError(
+                f"parameters: {name} is of {parameter.dtype}, which is not real: leave it out of the globs"
+            )
+    if not any(parameter.numel() for parameter in chosen.values()):
+        raise StageError(f"parameters: {', '.join(chosen)} have no entries at all")
     return chosen
 
 
@@ -103,6 +109,8 @@ class ModelFunction:
     Attributes:
         params: the selected parameters by name, detached, on the device.
         size: D, the number of selected parameters' entries.
+        dtype: of gradients and vectors, fit for all selected parameters.
+        coarsest: the least precise dtype in the model.
     """
 
     def __init__(self, model: nn.Module, task: TaskLike, globs: Sequence[str], device: torch.device) -> None:
@@ -116,6 +124,8 @@ class ModelFunction:
         self._module = _Outputs(model, task)
         self._constant = {n: p.detach().to(device) for n, p in model.named_parameters() if n not in chosen}
         self._buffers = {name: b.detach().to(device) for name, b in model.named_buffers()}
+        everything = (*self.params.values(), *self._constant.values(), *self._buffers.values())
+        self.coarsest = max((t.dtype for t in everything if t.is_floating_point()), key=lambda d: torch.finfo(d).eps)
 
     def outputs(self, params: Parameters, batch: Batch) -> Tensor:
         """Return the outputs, (B, …)."""
@@ -143,7 +153,7 @@ class ModelFunction:
         """Cut vectors (…, D) into one tensor for each parameter, (…, *its shape), of its dtype."""
         pieces = torch.split(vectors, [p.numel() for p in self.params.values()], dim=-1)
         return {
-            name: piece.reshape(*vectors.shape[:-1], *parameter.shape).to(parameter.dtype)
+            name: piece.reshape((*vectors.shape[:-1], *parameter.shape)).to(parameter.dtype)
             for piece, (name, parameter) in zip(pieces, self.params.items(), strict=True)
         }
 
@@ -156,11 +166,13 @@ class ModelFunction:
         weights = self.task.l2
         if not isinstance(weights, Mapping):
             weights = {"*": weights}
+        most = torch.finfo(self.dtype).max
         for glob, weight in weights.items():
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not number or not math.isfinite(weight) or weight < 0:
+            if not isinstance(glob, str) or not number or not 0 <= weight <= most:
                 raise StageError(
-                    f"l2 must be a finite number of at least 0 (or one for each glob), got {weight!r} for {glob!r}"
+                    "l2 must be a finite number of at least 0 (or one for each glob), and at most "
+                    f"{most:.2g} for {self.dtype}, got {weight!r} for {glob!r}"
                 )
         everything = [*self.params, *self._constant]
         for glob in weights:
@@ -169,7 +181,7 @@ class ModelFunction:
         found = {}
         for name, parameter in self.params.items():
             value = next((w for glob, w in weights.items() if fnmatch.fnmatchcase(name, glob)), 0.0)
-            found[name] = torch.full_like(parameter, value)
+            found[name] = torch.full(parameter.shape, value, dtype=self.dtype, device=self.device)
         return self.flatten(found)
 
     @staticmethod
@@ -180,4 +192,6 @@ class ModelFunction:
                 f"Task.{what} must return one number for each sample, shape (B,), got {shape}: "
                 'compute it with reduction="none" and average over everything but the batch'
             )
+        if not values.is_floating_point():
+            raise StageError(f"Task.{what} must return real numbers, which have a gradient, got {values.dtype}")
         return values

@@ -4,14 +4,17 @@
 
     <cache>/
         grad_z/<key>/           gradients (sample, coordinate) · scale · norm, loss, label, digests · blocks
-        curvature/<key>/        what a solver prepares once
-        s_test/<set>-<key>/     vectors (test, coordinate) · residual, iterations, … · blocks
+        curvature/<key>/        what a solver prepares once · digests
+        s_test/<set>-<key>/     vectors (test, coordinate) · residual, iterations, … · digests · blocks
         influence/<set>-<key>/  scores (test, sample) · helpful_ids, … (test, rank) · offset · … · blocks
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import json
+import logging
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -19,14 +22,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import zarr
-
-from influence_pipeline.cache.group import Group, Layout
+from influence_pipeline.cache import claims
+from influence_pipeline.cache.group import Group
 from influence_pipeline.cache.identity import Identity, differences, key_of, nearest
+from influence_pipeline.cache.layout import DESCRIPTION, Layout, sealed, write_description
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError, WorkError
 
-FORMAT = 1
+FORMAT = 2
 STAGES = ("grad_z", "curvature", "s_test", "influence")
+ALONE = "layout.claim"
+GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
+LEFTOVERS = ("*.partial", "*/zarr.*.partial", "*/*/zarr.*.partial")
+
+log = logging.getLogger(__name__)
 
 __all__ = ["FORMAT", "STAGES", "Cache", "Group", "Layout", "differences", "key_of", "nearest"]
 
@@ -42,67 +50,148 @@ class Cache:
             CacheMismatch: the folder is a cache of another format.
             RequestError: the folder holds something else.
         """
+        if not isinstance(path, (str, Path)) or "\0" in str(path):
+            raise RequestError(f"cache {path!r} is no path: name a folder")
         self.path = Path(path)
+        try:
+            self.path.exists()
+        except OSError as error:
+            raise RequestError(f"cache {self.path} cannot be used: {error}") from error
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"cache {self.path} is a file: name a folder")
-        if (self.path / "zarr.json").exists():
-            try:
-                attributes = dict(zarr.open_group(self.path, mode="r").attrs)
-            except Exception as error:
-                raise CacheDamaged(
-                    f"{self.path}/zarr.json cannot be read ({error}): delete that file and run again"
-                ) from error
+        if self.exists:
+            attributes = _described(self.path / DESCRIPTION)
             if attributes.get("influence_pipeline") != FORMAT:
                 raise CacheMismatch(
                     f"cache {self.path} has format {attributes.get('influence_pipeline', 'of something else')}, "
                     f"this is format {FORMAT}: name another folder"
                 )
         elif self.path.exists() and any(
-            p for p in self.path.iterdir() if p.name not in STAGES and not p.name.endswith(".partial")
+            path.name not in (*STAGES, ALONE, DESCRIPTION) and path.suffix != ".partial" for path in self.path.iterdir()
         ):
             raise RequestError(f"cache {self.path} is a folder with other things in it: name a new one")
 
     @property
     def exists(self) -> bool:
         """Whether anything was ever cached here."""
-        return (self.path / "zarr.json").exists()
+        return (self.path / DESCRIPTION).exists()
+
+    def mend(self) -> list[str]:
+        """Write damaged descriptions of stages' folders anew; return what was wrong with them.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        damaged = [stage for stage in STAGES if (self.path / stage).is_dir() and not self._is_described(stage)]
+        if not damaged:
+            return []
+        with self.alone():
+            self._mend_stages(set(damaged))
+        return [f"{self.path / stage / DESCRIPTION} was damaged" for stage in damaged]
+
+    def _mend_stages(self, stages: set[str]) -> None:
+        for stage in stages:
+            if not self._is_described(stage):
+                (self.path / stage).mkdir(exist_ok=True)
+                write_description(self.path / stage / DESCRIPTION, GROUP)
+
+    def _is_described(self, stage: str) -> bool:
+        try:
+            sealed(self.path / stage / DESCRIPTION)
+        except CacheDamaged:
+            return False
+        return True
+
+    def tidy(self) -> None:
+        """Remove what a killed process left half laid out, where that can be done."""
+        with contextlib.suppress(OSError):
+            self.mend()
+            if self._leftovers():
+                with self.alone():
+                    pass
+
+    def _leftovers(self) -> list[Path]:
+        folders = (self.path, *(self.path / stage for stage in STAGES))
+        return [path for folder in folders for depth in LEFTOVERS for path in folder.glob(depth)]
 
     def groups(self, stage: str) -> Iterator[Group]:
-        """Yield all groups of a stage."""
-        folder = self.path / stage
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if (path / "zarr.json").exists():
+        """Yield all groups of a stage whose descriptions can be read."""
+        for path in self.paths(stage):
+            try:
                 yield Group(path)
+            except CacheDamaged as error:
+                log.warning("%s", error)
+
+    def paths(self, stage: str) -> list[Path]:
+        """Return the folders of all groups of a stage."""
+        folder = self.path / stage
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        return [path for path in found if path.is_dir() and not path.is_symlink()]
 
     def find(self, stage: str, name: str) -> Group | None:
-        """Return a group by its name, None where there is none."""
+        """Return a group by its name, None where there is none.
+
+        Raises:
+            CacheDamaged: its description is damaged.
+            RequestError: the name is none of a group's.
+        """
+        if stage not in STAGES or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise RequestError(f"{stage}/{name} is no name of arrays in a cache")
         path = self.path / stage / name
-        return Group(path) if (path / "zarr.json").exists() else None
+        return Group(path) if path.is_dir() else None
 
     def create(self, stage: str, name: str, layout: Layout, attributes: Mapping[str, Any]) -> Group:
-        """Return a group by its name, laid out anew where there is none.
+        """Return a group by its name: laid out anew where there is none, mended where its descriptions are damaged.
 
         Raises:
             WorkError: the folder cannot be written.
         """
         try:
-            self._found()
-            with self._lock():
-                if not (self.path / stage / "zarr.json").exists():
-                    zarr.create_group(self.path / stage)
-                return Group.create(self.path / stage / name, layout, attributes)
+            try:
+                return self._create(stage, name, layout, attributes)
+            except FileNotFoundError:
+                # What was half laid out is gone: this process stood still for so long that it was taken for dead.
+                return self._create(stage, name, layout, attributes)
         except OSError as error:
             raise WorkError(f"cache {self.path} cannot be written: {error}") from error
 
-    def remove(self, group: Group) -> None:
-        """Remove a group, in one step for whoever looks."""
-        with self._lock():
-            aside = self.path / f"{group.path.name}.removed.partial"
-            group.path.rename(aside)
-            shutil.rmtree(aside)
+    def _create(self, stage: str, name: str, layout: Layout, attributes: Mapping[str, Any]) -> Group:
+        path = self.path / stage / name
+        self._found()
+        with self.alone():
+            self._mend_stages({stage})
+            if path.is_dir():
+                Group.mend(path, layout, attributes)
+            return Group.create(path, layout, attributes)
+
+    def resize(self, group: Group, layout: Layout) -> None:
+        """Make a group as long as a layout that fits wants it.
+
+        Raises:
+            WorkError: the folder cannot be written.
+        """
+        try:
+            with self.alone():
+                group.resize(layout)
+        except OSError as error:
+            raise WorkError(f"cache {self.path} cannot be written: {error}") from error
+
+    def remove(self, path: Path) -> None:
+        """Remove the group in this folder, in one step for whoever looks.
+
+        Raises:
+            WorkError: the folder cannot be written.
+        """
+        try:
+            with self.alone():
+                aside = self.path / f"{path.name}.{uuid.uuid4().hex}.partial"
+                path.rename(aside)
+                shutil.rmtree(aside)
+        except OSError as error:
+            raise WorkError(f"{path} cannot be removed: {error}") from error
 
     def _found(self) -> None:
-        """Make the root where there is none; of several processes that try, one does.
+        """Make the root where there is none; whoever else does so makes the same.
 
         Raises:
             OSError: the folder cannot be written.
@@ -110,24 +199,34 @@ class Cache:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.exists:
             return
-        aside = self.path / f"{uuid.uuid4().hex}.partial"
-        zarr.create_group(aside, attributes={"influence_pipeline": FORMAT})
-        try:
-            (self.path / "zarr.json").hardlink_to(aside / "zarr.json")
-        except OSError:
-            if not self.exists:
-                raise
-        shutil.rmtree(aside, ignore_errors=True)
+        write_description(self.path / DESCRIPTION, {**GROUP, "attributes": {"influence_pipeline": FORMAT}})
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Be the only process that adds or removes groups, after removing what a killed one left half laid out."""
-        with open(self.path / "zarr.json", "rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            for folder in (self.path, *(self.path / stage for stage in STAGES)):
-                for path in folder.glob("*.partial"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def alone(self) -> Iterator[None]:
+        """Be the only process that lays out, grows, mends or removes, after removing what a killed one left of that.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with claims.exclusively(self.path / ALONE):
+            for path in self._leftovers():
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             yield
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Return the attributes of a root.
+
+    Raises:
+        CacheDamaged: its description cannot be read, or is not as it was written.
+    """
+    try:
+        attributes = dict(json.loads(path.read_bytes())["attributes"])
+        if attributes.get("influence_pipeline") == FORMAT:
+            sealed(path)
+    except (CacheDamaged, OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheDamaged(f"{path} cannot be read ({error}): delete that file and run again") from error
+    return attributes
 
 
 def group_name(set_name: str | None, identity: Identity) -> str:

@@ -1,108 +1,68 @@
 """One stage's arrays in the cache: laid out once, filled block by block, read back.
 
-``zarr.json`` files are written at creation only, aside, and renamed in; growth is one process under a lock.
+Of several processes that fill a group, each claims the block that it computes. ``zarr.json`` files are written at
+creation, at growth and to mend them, always by one process at a time (see :meth:`Cache.alone`).
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import itertools
 import logging
-import math
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
 
+from influence_pipeline.cache import claims
+from influence_pipeline.cache.claims import Claim
 from influence_pipeline.cache.encoding import encode
-from influence_pipeline.cache.record import NOTHING, Record, digest
+from influence_pipeline.cache.layout import (
+    DESCRIPTION,
+    FINISHED,
+    RECORDS,
+    SCALE,
+    Layout,
+    create_array,
+    described_layout,
+    seal,
+    sealed,
+)
+from influence_pipeline.cache.record import NOTHING, FileSum, Record, digest
 from influence_pipeline.cache.stored import DecodedRows, StoredArray
 from influence_pipeline.errors import CacheDamaged, WorkError
-from influence_pipeline.plan import tile_shape
-from stages.stage import Array, ArrayLike, ArraySpec, Block, Grid
+from stages.stage import Array, ArrayLike, ArraySpec, Block
 
 log = logging.getLogger(__name__)
 
-RECORDS, FINISHED, SCALE = "blocks", "finished", "scale"
-PARTIAL = "*.partial"
-
-
-def fill_value(dtype: str) -> Any:
-    """Return what unwritten entries read as: never a plausible value."""
-    return np.nan if np.dtype(dtype).kind == "f" else 0 if np.dtype(dtype).kind == "u" else -1
-
-
-class Layout:
-    """The shape of a group: its grid, its arrays, and which file holds what."""
-
-    def __init__(self, grid: Grid, arrays: Sequence[ArraySpec], merged: Sequence[ArraySpec]) -> None:
-        """Lay out what blocks fill (``arrays``) and what is merged from them."""
-        self.grid, self.merged = grid, tuple(merged)
-        self.arrays = tuple(arrays)
-        scales = [
-            ArraySpec(SCALE, (spec.dims[0], "tile"), (spec.shape[0], 1), about=f"{spec.name} were multiplied by this")
-            for spec in arrays
-            if spec.encoding == "float16"
-        ]
-        self.stored = (*self.arrays, *scales)
-
-    def shard_shape(self, spec: ArraySpec) -> tuple[int, ...]:
-        """Return the shape of one file of an array: a block's part of it, in whole tiles."""
-        parts = []
-        for dim, length in zip(spec.dims, spec.shape, strict=True):
-            axis = self.grid.axis(dim)
-            of_band = dim.endswith("_block") and self.grid.axis(dim.removesuffix("_block")) is not None
-            parts.append(axis.band if axis else 1 if of_band else length)
-        tile = tile_shape(tuple(parts))
-        return tuple(t * math.ceil(p / t) for t, p in zip(tile, parts, strict=True))
-
-    def files(self, spec: ArraySpec, region: tuple[slice, ...]) -> list[str]:
-        """Return the names of the files that hold a region of an array, relative to the group."""
-        if not spec.shape:
-            return [f"{spec.name}/c"]
-        shard = self.shard_shape(spec)
-        spans = [range(part.start // s, math.ceil(part.stop / s)) for part, s in zip(region, shard, strict=True)]
-        return [f"{spec.name}/c/{'/'.join(map(str, index))}" for index in itertools.product(*spans)]
-
-    def block_files(self, block: Block) -> list[str]:
-        """Return the names of all files that one block fills."""
-        return [name for spec in self.stored for name in self.files(spec, spec.region(self.grid, block))]
-
-    def bytes_bound(self) -> int:
-        """Return the bytes of all arrays, uncompressed, and of what describes them."""
-        described = 4096 * (len(self.stored) + len(self.merged) + 2)
-        return described + sum(
-            math.prod(spec.shape) * np.dtype(spec.encoding or spec.dtype).itemsize
-            for spec in (*self.stored, *self.merged)
-        )
-
-    def merged_files(self) -> list[str]:
-        """Return the names of all files that merging fills."""
-        return [name for spec in self.merged for name in self.files(spec, tuple(slice(0, n) for n in spec.shape))]
+CODECS = {"bytes", "blosc", "crc32c", "sharding_indexed"}
+TYPES = {"float16", "float32", "float64", "int64", "uint8"}
 
 
 class Group:
-    """A stage's arrays on disk."""
+    """A stage's arrays on disk.
+
+    Attributes:
+        path: its folder.
+        attributes: what it says of itself.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open the group at this folder.
 
         Raises:
-            CacheDamaged: its description cannot be read.
+            CacheDamaged: its description cannot be read, or is not as it was written.
         """
         self.path = path
-        try:
-            self._zarr = zarr.open_group(path, mode="r+")
-        except Exception as error:
-            raise CacheDamaged(f"{path}/zarr.json cannot be read ({error}): delete the folder and run again") from error
-        self.attributes: dict[str, Any] = dict(self._zarr.attrs)
-        self._arrays: dict[str, Any] = {}
+        self.attributes: dict[str, Any] = sealed(path / DESCRIPTION)["attributes"]
+        self._opened: dict[str, Any] = {}
+        self._layout: Layout | None = None
 
     @classmethod
     def create(cls, path: Path, layout: Layout, attributes: Mapping[str, Any]) -> Group:
@@ -111,36 +71,39 @@ class Group:
         Raises:
             OSError: the folder cannot be written.
         """
-        if (path / "zarr.json").exists():
+        if (path / DESCRIPTION).exists():
             return cls(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.parent.parent / f"{path.name}.{uuid.uuid4().hex}.partial"
         try:
-            group = zarr.create_group(aside, attributes=dict(attributes))
-            for spec in (*layout.stored, *layout.merged):
-                encoded = spec.encoding if spec.encoding else spec.dtype
-                shard = layout.shard_shape(spec)
-                tile = tile_shape(shard)
-                _create_array(group, spec, encoded, tile, None if tile == shard else shard)
-            counts = layout.grid.shape
-            width = Record.size(len(layout.block_files(next(iter(layout.grid)))))
-            names = [f"{axis.name}_block" for axis in layout.grid.axes]
-            names = ["block"] if len(names) == 1 else names
-            about = "a block without a record does not exist"
-            records = ArraySpec(RECORDS, (*names, "byte"), (*counts, width), "uint8", about=about)
-            _create_array(group, records, "uint8", (*(1 for _ in counts), width), None)
-            if layout.merged:
-                width = Record.size(0)
-                finished = ArraySpec(FINISHED, ("finished_byte",), (width,), "uint8", about="record of what was merged")
-                _create_array(group, finished, "uint8", (width,), None)
+            group = zarr.create_group(aside, attributes={**attributes, **layout.attributes})
+            for spec in layout.all:
+                create_array(group, layout, spec)
+                seal(aside / spec.name / DESCRIPTION)
+            seal(aside / DESCRIPTION)
             try:
                 aside.rename(path)
             except OSError:
-                if not (path / "zarr.json").exists():
+                if not (path / DESCRIPTION).exists():
                     raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return cls(path)
+
+    @property
+    def layout(self) -> Layout:
+        """Its shape as the descriptions of its arrays have it.
+
+        Raises:
+            CacheDamaged: one of them cannot be read, or they disagree.
+        """
+        if self._layout is None:
+            found = {name: sealed(self.path / name / DESCRIPTION) for name in self.attributes["arrays"]}
+            try:
+                self._layout = described_layout(self.attributes["bands"], found)
+            except CacheDamaged as error:
+                raise CacheDamaged(f"{self.path}: {error}") from error
+        return self._layout
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -148,134 +111,299 @@ class Group:
         """Return the zarr array of this name, to be written, or to be given to users.
 
         Raises:
-            CacheDamaged: its description cannot be read.
+            CacheDamaged: its description cannot be read, or is not as it was written.
         """
-        if name not in self._arrays:
+        if name not in self._opened:
+            sealed(self.path / name / DESCRIPTION)
             try:
-                self._arrays[name] = self._zarr[name].with_config({"write_empty_chunks": True})
+                array = zarr.open_array(self.path / name, mode="r+")
             except Exception as error:
                 raise CacheDamaged(
-                    f"{self.path}/{name}/zarr.json cannot be read ({error}): delete {self.path} and run again"
+                    f"{self.path}/{name}/{DESCRIPTION} cannot be read ({error}); a run mends it"
                 ) from error
-        return self._arrays[name]
+            told = {codec.to_dict()["name"] for codec in _codecs(array.metadata.codecs)}
+            if not told <= CODECS or array.dtype.name not in TYPES:
+                raise CacheDamaged(
+                    f"{self.path}/{name}/{DESCRIPTION} names codecs or a type that no cache has "
+                    f"({', '.join(sorted(told - CODECS)) or array.dtype}); remove {self.path} and run again"
+                )
+            self._opened[name] = array.with_config({"write_empty_chunks": True})
+        return self._opened[name]
 
     def array(self, name: str) -> StoredArray:
         """Return an array to be read."""
-        return StoredArray(self.zarr_array(name), self.path / name)
+        return StoredArray(self.zarr_array(name), self.path / name, lambda index: self._suspect(name, index))
 
     def __contains__(self, name: str) -> bool:
         """Say whether the group has an array of this name."""
-        return (self.path / name / "zarr.json").exists()
+        return (self.path / name / DESCRIPTION).exists()
 
     def rows(self, name: str) -> ArrayLike:
         """Return an array whose slices are decoded to float32."""
         scale = self.array(SCALE) if self.array(name).dtype == np.float16 else None
         return DecodedRows(self.array(name), scale)
 
-    def records(self) -> Array:
-        """Return all records, (…, byte) uint8."""
-        return self.array(RECORDS)[...]
-
     def progress(self) -> tuple[int, int]:
         """Return how many blocks have a record, and how many there are."""
-        records = self.records()
-        return int(records.reshape(-1, records.shape[-1]).any(axis=1).sum()), math.prod(records.shape[:-1])
+        blocks = list(self.layout.grid)
+        return sum(self.record(block) is not None for block in blocks), len(blocks)
 
     def record(self, block: Block) -> Record | None:
         """Return the record of a block, None where it has none."""
+        return self._record(block)
+
+    def _record(self, block: Block | None) -> Record | None:
+        """Read a record's chunk as it is on disk, many times faster than through zarr."""
         try:
-            return Record.from_bytes(self.array(RECORDS)[block.index])
-        except Exception:  # noqa: BLE001 - a record that cannot be read is no record; its block is computed again
+            return Record.from_chunk(self._record_path(block).read_bytes())
+        except OSError:
             return None
 
-    def valid(self, layout: Layout, block: Block, inputs: bytes | None = None) -> bool:
+    def valid(self, block: Block, samples: bytes | None = None, inputs: bytes | None = None) -> bool:
         """Say whether a block is there: its record, of this extent, of these inputs, with files of its lengths."""
         record = self.record(block)
         return (
             record is not None
             and record.rows == block.rows
-            and (inputs is None or record.inputs == inputs)
-            and record.lengths == self._lengths(layout.block_files(block))
+            and samples in (None, record.samples)
+            and inputs in (None, record.inputs)
+            and self._has(self.layout.block_files(block), record.files)
         )
 
-    def finished(self, layout: Layout) -> bool:
-        """Say whether merging was done, of the blocks as they are now."""
-        if not layout.merged:
-            return True
-        record = self.merged()
-        return record is not None and record.samples == self._merged_lengths(layout)
+    def _has(self, names: Sequence[str], files: Sequence[FileSum]) -> bool:
+        return [_length(self.path / name) for name in names] == [file.length for file in files]
 
     def merged(self) -> Record | None:
-        """Return the record of what was merged, None where it is not of the blocks as they are now."""
-        try:
-            record = Record.from_bytes(self.array(FINISHED)[...])
-        except Exception:  # noqa: BLE001 - as for blocks
+        """Return the record of what was merged, None where it is not there or not of the blocks as they are now."""
+        if not self.layout.merged:
             return None
-        blocks = [Block(index, {}) for index in np.ndindex(self.array(RECORDS).shape[:-1])]
-        same = record is not None and record.rows == len(blocks) and record.inputs == self.fingerprint(blocks)
+        record = self._record(None)
+        same = (
+            record is not None
+            and record.inputs == self.contents(self.layout.grid)
+            and record.samples == self._lengths()
+        )
         return record if same else None
 
-    def lost_file(self) -> Path | None:
-        """Return a file that should be there when all is computed, and is not or is empty; it would read as filled."""
-        for name in sorted(self._zarr.array_keys()):
-            array = self.zarr_array(name)
-            counts = (math.ceil(n / s) for n, s in zip(array.shape, array.shards or array.chunks, strict=True))
-            for index in np.ndindex(*counts):
-                path = self.path.joinpath(name, "c", *map(str, index))
-                if not self._length(path):
-                    return path
-        return None
+    @property
+    def finished(self) -> bool:
+        """Whether merging was done, of the blocks as they are now; true where there is nothing to merge."""
+        return not self.layout.merged or self.merged() is not None
 
-    def fingerprint(self, blocks: Iterator[Block] | Grid | Sequence[Block]) -> bytes:
-        """Return a digest of what some blocks hold, by their records."""
-        found = [self.record(block) for block in blocks]
+    def contents(self, blocks: Iterable[Block], there: Callable[[Block], bool] = lambda block: True) -> bytes:
+        """Return a digest of what some blocks hold, by their records.
+
+        Args:
+            blocks: which.
+            there: a further condition for a block to exist.
+        """
+        found = [self.record(block) if there(block) else None for block in blocks]
         return digest(record.content if record else b"missing" for record in found)
 
     def bytes_on_disk(self) -> int:
         """Return the bytes of all files."""
-        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
+        return sum(_length(path) for path in self.path.rglob("*") if path.is_file())
+
+    def written(self) -> float:
+        """Return when something was last written, in seconds since the epoch."""
+        return max((path.stat().st_mtime for path in self.path.rglob("*") if path.is_file()), default=0.0)
+
+    # ---- damage --------------------------------------------------------------------------------------------------
+
+    def damage(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, str]]:
+        """Yield every block whose files are not as they were written, with what is wrong; reads all of their bytes."""
+        for block in blocks:
+            record = self.record(block)
+            if record is None:
+                # It may be written just now, so that it is looked at once more where it is there.
+                if (path := self._record_path(block)).exists() and self.record(block) is None:
+                    yield block, f"{path} is damaged"
+                continue
+            names = self.layout.block_files(block)
+            for name, file in itertools.zip_longest(names, record.files, fillvalue=None):
+                found = self._sum(name) if name else None
+                if found != file:
+                    yield block, f"{self.path / (name or '')} {_what(found, file)}"
+                    break
+
+    def damage_of_merged(self) -> str | None:
+        """Say what is wrong with what was merged, None where it is as it was written, or not there."""
+        record = self._record(None) if self.layout.merged else None
+        if record is None:
+            path = self._record_path(None)
+            return f"{path} is damaged" if self.layout.merged and path.exists() else None
+        if record.content == self._merged_content(record.inputs):
+            return None
+        return f"{self.path}: one of {', '.join(spec.name for spec in self.layout.merged)} is damaged"
+
+    def discard(self, block: Block | None) -> None:
+        """Remove the record of a block, or of what was merged where it is None, so that it is made anew.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        self._record_path(block).unlink(missing_ok=True)
+
+    def _record_path(self, block: Block | None) -> Path:
+        index = ("0",) if block is None else (*map(str, block.index), "0")
+        return self.path.joinpath(FINISHED if block is None else RECORDS, "c", *index)
+
+    def _suspect(self, name: str, index: Any) -> str | None:
+        """Look at the files of a part that could not be read; discard what is damaged, and say what that was."""
+        self._layout = None
+        blocks = self.layout.blocks_of(name, index if isinstance(index, tuple) else (index,))
+        found: list[tuple[Block | None, str]] = [*self.damage(blocks)]
+        if not blocks and self.damage_of_merged():
+            found.append((None, f"{self.path / name} is damaged"))
+        for block, _ in found:
+            # A cache that cannot be written to stays as it is.
+            with contextlib.suppress(OSError):
+                self.discard(block)
+        if found:
+            block, what = found[0]
+            return f"{what}{'' if block is None else f' (block {block.index})'}"
+        lost = [block for block in blocks if self.record(block) is None]
+        return f"block {lost[0].index} of {self.path} is not there" if lost else None
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
+    def claim(self, block: Block) -> Claim | None:
+        """Claim a block; None where another process is at work on it.
+
+        Raises:
+            WorkError: the disk refused, or the group is gone.
+        """
+        try:
+            return claims.take(self._claim_path(block))
+        except OSError as error:
+            raise self._refused(f"block {block.index}", error) from error
+
+    def claimed(self, block: Block) -> str | None:
+        """Say who is at work on a block, None where nobody is."""
+        return claims.taken(self._claim_path(block))
+
+    def at_work(self) -> str | None:
+        """Say who is at work on any block, None where nobody is."""
+        found = (claims.taken(path) for path in (self.path / RECORDS).glob("*.claim"))
+        return next((who for who in found if who), None)
+
+    @contextmanager
+    def alone_merging(self) -> Iterator[None]:
+        """Be the only process that merges.
+
+        Raises:
+            WorkError: the disk refused, or the group is gone.
+        """
+        try:
+            with claims.exclusively(self.path / RECORDS / "finished.claim"):
+                yield
+        except OSError as error:
+            raise self._refused("what is merged of its blocks", error) from error
+
+    def _claim_path(self, block: Block) -> Path:
+        return self.path / RECORDS / f"{'.'.join(map(str, block.index))}.claim"
+
     def commit(
         self,
-        layout: Layout,
         block: Block,
         values: Mapping[str, Array],
         samples: bytes = NOTHING,
         inputs: bytes = NOTHING,
-    ) -> None:
+        claim: Claim | None = None,
+    ) -> bool:
         """Write what a block computed, its record last.
+
+        Args:
+            block: which.
+            values: of every array.
+            samples: digest of its samples.
+            inputs: digest of whatever else it read.
+            claim: under which it was computed.
+
+        Returns:
+            Whether it was written; it is not where another process took the block over meanwhile.
 
         Raises:
             WorkError: the disk refused; the block does not exist then.
         """
         try:
-            if self.record(block) is not None:
-                self.zarr_array(RECORDS)[block.index] = 0
-            for spec in layout.arrays:
-                self._write(spec, spec.region(layout.grid, block), values[spec.name])
-            lengths = self._lengths(layout.block_files(block))
-            self.zarr_array(RECORDS)[block.index] = Record(block.rows, samples, inputs, lengths).to_bytes()
+            if claim is not None and not claim.held():
+                if not (self.path / DESCRIPTION).exists():
+                    raise self._refused(f"block {block.index}", FileNotFoundError("the folder is gone"))
+                log.warning("%s: block %s was taken over by another process", self.path, block.index)
+                return False
+            self.tidy(block)
+            self.discard(block)
+            self._remove(self.layout.block_files(block))
+            for spec in self.layout.arrays:
+                self._write(spec, spec.region(self.layout.grid, block), values[spec.name])
+            files = [self._sum(name) for name in self.layout.block_files(block)]
+            if claim is not None and not claim.held():
+                return False
+            self.zarr_array(RECORDS)[block.index] = Record.new(block.rows, samples, inputs, files).to_bytes()
         except OSError as error:
-            raise WorkError(
-                f"{self.path}: block {block.index} could not be written: {error}. Finished blocks are kept"
-            ) from error
+            raise self._refused(f"block {block.index}", error) from error
+        return True
 
-    def commit_merged(self, layout: Layout, values: Mapping[str, Array]) -> None:
+    def adopt(self, block: Block | None, name: str, values: Array, samples: bytes) -> None:
+        """Have what was computed stand for other samples; later stages see no change.
+
+        Args:
+            block: which; None for what was merged.
+            name: the array that keeps digests of samples.
+            values: all of that array.
+            samples: digest of the samples of the block.
+
+        Raises:
+            WorkError: the disk refused.
+        """
+        try:
+            if block is None:
+                self.zarr_array(name)[...] = values
+                self._record_merged()
+                return
+            record = self.record(block)
+            assert record is not None
+            spec = next((spec for spec in self.layout.stored if spec.name == name), None)
+            if spec is not None:
+                region = spec.region(self.layout.grid, block)
+                self.zarr_array(name)[region] = values[region]
+            files = tuple(self._sum(file) for file in self.layout.block_files(block))
+            adopted = Record(record.rows, samples, record.inputs, record.content, files)
+            self.zarr_array(RECORDS)[block.index] = adopted.to_bytes()
+        except OSError as error:
+            raise self._refused("digests", error) from error
+
+    def commit_merged(self, values: Mapping[str, Array]) -> None:
         """Write what was merged, its record last.
 
         Raises:
             WorkError: the disk refused.
         """
         try:
-            self.zarr_array(FINISHED)[...] = 0
-            for spec in layout.merged:
+            self.tidy(None)
+            self.discard(None)
+            self._remove(self.layout.merged_files())
+            for spec in self.layout.merged:
                 self._write(spec, tuple(slice(0, n) for n in spec.shape), values[spec.name])
-            record = Record(len(layout.grid), self._merged_lengths(layout), self.fingerprint(layout.grid), ())
-            self.zarr_array(FINISHED)[...] = record.to_bytes()
+            self._record_merged()
         except OSError as error:
-            raise WorkError(f"{self.path}: could not be written: {error}. Finished blocks are kept") from error
+            raise self._refused("what is merged of its blocks", error) from error
+
+    def _record_merged(self) -> None:
+        inputs = self.contents(self.layout.grid)
+        record = Record(len(self.layout.grid), self._lengths(), inputs, self._merged_content(inputs), ())
+        self.zarr_array(FINISHED)[...] = record.to_bytes()
+
+    def _merged_content(self, inputs: bytes) -> bytes:
+        """Return a digest of what merged files hold, of one size however many files growth makes of them."""
+        sums = [self._sum(name) for name in self.layout.merged_files()]
+        return digest([inputs, *(f"{s.length} {s.checksum};".encode() for s in sums)])
+
+    def _remove(self, names: Sequence[str]) -> None:
+        """Remove files before they are written: zarr reads what is there into a file that it fills in part."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
 
     def _write(self, spec: ArraySpec, region: tuple[slice, ...], values: Array) -> None:
         if spec.encoding:
@@ -285,69 +413,118 @@ class Group:
         target = self.zarr_array(spec.name)
         target[region if region else ...] = np.asarray(values, dtype=target.dtype)
 
-    def _merged_lengths(self, layout: Layout) -> bytes:
-        """Return a digest of the lengths of what is merged, of one size however many files growth makes of it."""
-        return digest([np.asarray(self._lengths(layout.merged_files()), dtype="<u8")])
+    def tidy(self, block: Block | None) -> None:
+        """Remove what a killed process left half written of a block, or of what is merged; only under its claim."""
+        names = self.layout.merged_files() if block is None else self.layout.block_files(block)
+        claim = self.path / RECORDS / "finished.claim" if block is None else self._claim_path(block)
+        for path in (*(self.path / name for name in names), self._record_path(block), claim):
+            for leftover in path.parent.glob(f"{path.stem}.*.partial"):
+                leftover.unlink(missing_ok=True)
 
-    def _lengths(self, names: Sequence[str]) -> tuple[int, ...]:
-        return tuple(self._length(self.path / name) for name in names)
+    def clear(self) -> None:
+        """Remove what killed processes left, where that can be done."""
+        left = [*(self.path / RECORDS).glob("*.claim"), *(self.path / RECORDS).glob("*.partial")]
+        for stem in sorted({path.name.rsplit(".", 1 if path.suffix == ".claim" else 2)[0] for path in left}):
+            with contextlib.suppress(OSError, ValueError):
+                claim = claims.take(self.path / RECORDS / f"{stem}.claim")
+                if claim is not None:
+                    with claim:
+                        index = None if stem == "finished" else tuple(int(part) for part in stem.split("."))
+                        self.tidy(None if index is None else self.layout.grid.block(index))
 
-    @staticmethod
-    def _length(path: Path) -> int:
+    def _refused(self, what: str, error: OSError) -> WorkError:
+        return WorkError(f"{self.path}: {what} could not be written: {error}. Finished blocks are kept")
+
+    def _lengths(self) -> bytes:
+        """Return a digest of the lengths of the files of what is merged."""
+        return digest(_length(self.path / name).to_bytes(8, "little") for name in self.layout.merged_files())
+
+    def _sum(self, name: str) -> FileSum:
+        """Return what a file is now; length 0 where there is none."""
+        length, checksum = 0, 0
         try:
-            return path.stat().st_size
-        except OSError:
-            return 0
+            with open(self.path / name, "rb") as file:
+                while part := file.read(2**24):
+                    length, checksum = length + len(part), google_crc32c.extend(checksum, part)
+        except FileNotFoundError:
+            return FileSum(0, 0)
+        return FileSum(length, checksum)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Be the only process that changes this group; others wait. The lock ends with the process that holds it."""
-        with open(self.path / "zarr.json", "rb+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.warning("%s: another process is at work there; waiting for it", self.path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def sweep(self) -> None:
-        """Remove what a killed process left half written; only under the lock."""
-        for path in self.path.rglob(PARTIAL):
-            path.unlink(missing_ok=True)
+    # ---- layout --------------------------------------------------------------------------------------------------
 
     def fits(self, layout: Layout) -> bool:
         """Say whether the group can hold a layout: all that differs is that axes of the grid are longer."""
-        for spec in (*layout.stored, *layout.merged):
-            for dim, wanted, found in zip(spec.dims, spec.shape, self.array(spec.name).shape, strict=True):
-                grows = layout.grid.axis(dim.removesuffix("_block")) is not None
-                if wanted < found or (wanted > found and not grows):
+        found = {spec.name: spec.shape for spec in self.layout.all}
+        if found.keys() != {spec.name for spec in layout.all}:
+            return False
+        for spec in layout.all:
+            for dim, wanted, there in zip(spec.dims, spec.shape, found[spec.name], strict=True):
+                grows = dim == "block" or layout.grid.axis(dim.removesuffix("_block")) is not None
+                if wanted < there or (wanted > there and not grows):
                     return False
         return True
 
     def resize(self, layout: Layout) -> None:
-        """Make the arrays as long as a layout that fits wants them; only under the lock."""
-        records = ArraySpec(RECORDS, (), (*layout.grid.shape, self.array(RECORDS).shape[-1]))
-        for spec in (*layout.stored, *layout.merged, records):
-            if self.array(spec.name).shape != spec.shape:
-                self.zarr_array(spec.name).resize(spec.shape)
-        self._arrays.clear()
-        self._zarr = zarr.open_group(self.path, mode="r+")
+        """Make the arrays as long as a layout that fits wants them; only alone."""
+        for spec in layout.all:
+            if self.zarr_array(spec.name).shape != spec.shape:
+                seal(self.path / spec.name / DESCRIPTION, shape=list(spec.shape))
+        self._layout = None
+        self._opened.clear()
+
+    @classmethod
+    def mend(cls, path: Path, layout: Layout, attributes: Mapping[str, Any]) -> None:
+        """Write those descriptions anew that are damaged; only alone.
+
+        A description follows from the identity and the layout, so that nothing else is lost with it.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        damaged = [name for name in ("", *(spec.name for spec in layout.all)) if not _is_sealed(path / name)]
+        if not damaged:
+            with contextlib.suppress(CacheDamaged):
+                Group(path).layout  # noqa: B018 - arrays that disagree in their lengths are damaged, too
+                return
+            damaged = [spec.name for spec in layout.all]
+        aside = path.parent.parent / f"{path.name}.{uuid.uuid4().hex}.partial"
+        try:
+            Group.create(aside / "stage" / path.name, layout, attributes)
+            for name in damaged:
+                log.warning("%s is damaged and mended", path / name / DESCRIPTION)
+                (path / name).mkdir(exist_ok=True)
+                (aside / "stage" / path.name / name / DESCRIPTION).replace(path / name / DESCRIPTION)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
-def _create_array(
-    group: Any, spec: ArraySpec, dtype: str, tile: tuple[int, ...], shard: tuple[int, ...] | None
-) -> None:
-    size = np.dtype(dtype).itemsize
-    blosc = BloscCodec(cname="lz4", clevel=5, shuffle="shuffle" if size > 1 else "noshuffle", typesize=size)
-    group.create_array(
-        spec.name,
-        shape=spec.shape,
-        dtype=dtype,
-        chunks=tile,
-        shards=shard,
-        fill_value=fill_value(dtype),
-        compressors=[blosc, Crc32cCodec()],
-        dimension_names=list(spec.dims),
-        attributes={"about": spec.about, **({"encoding": spec.encoding} if spec.encoding else {})},
-        config={"write_empty_chunks": True},
-    )
+def _codecs(found: Iterable[Any]) -> Iterator[Any]:
+    """Yield codecs, those inside shards too."""
+    for codec in found:
+        yield codec
+        yield from _codecs((*getattr(codec, "codecs", ()), *getattr(codec, "index_codecs", ())))
+
+
+def _is_sealed(folder: Path) -> bool:
+    try:
+        sealed(folder / DESCRIPTION)
+    except CacheDamaged:
+        return False
+    return True
+
+
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _what(found: FileSum | None, file: FileSum | None) -> str:
+    if found is None or file is None:
+        return "has a record of other files"
+    if not found.length:
+        return "is missing or empty"
+    if found.length != file.length:
+        return f"has {found.length} bytes, and was written with {file.length}"
+    return "has other bytes than were written"

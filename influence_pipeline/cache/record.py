@@ -1,7 +1,8 @@
 """Records: what makes a block exist.
 
-A block's arrays are written first, its record last. The record says what the block read and how long its files
-are, so that a lost, emptied or cut file, or an input that changed, is seen before anything is read.
+A block's arrays are written first, its record last. The record says what the block read, and the length and checksum
+of each of its files, so that a lost, emptied or cut file, or an input that changed, is seen before anything is read,
+and any other damage when it is looked for.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import google_crc32c
 import numpy as np
 
 from stages.stage import Array
 
-MAGIC = b"ipr1"
+MAGIC = b"ipr2"
 DIGEST_BYTES = 16
 NOTHING = bytes(DIGEST_BYTES)
-_HEAD = struct.Struct(f"<4sQ{DIGEST_BYTES}s{DIGEST_BYTES}s")
+_HEAD = struct.Struct(f"<4sQ{DIGEST_BYTES}s{DIGEST_BYTES}s{DIGEST_BYTES}s")
+_FILE = struct.Struct("<QI")
 
 
 def digest(parts: Iterable[bytes | Array]) -> bytes:
@@ -30,42 +33,56 @@ def digest(parts: Iterable[bytes | Array]) -> bytes:
 
 
 @dataclass(frozen=True)
+class FileSum:
+    """What a file was when it was written: its length in bytes, and its CRC-32C."""
+
+    length: int
+    checksum: int
+
+
+@dataclass(frozen=True)
 class Record:
     """The record of one block.
 
     Attributes:
         rows: entries that the block covers.
-        samples: digest of the samples that it is of.
+        samples: digest of the samples that it read, as they are today.
         inputs: digest of whatever else it read.
-        lengths: of each of its files, in bytes.
+        content: what later stages depend on. It is of the samples as they were when the block was computed, so that
+            samples that were accepted as the same change nothing after it.
+        files: of the block, in the order of the layout.
     """
 
     rows: int
     samples: bytes
     inputs: bytes
-    lengths: tuple[int, ...]
+    content: bytes
+    files: tuple[FileSum, ...]
 
     @staticmethod
     def size(files: int) -> int:
         """Return the bytes of a record with this many files."""
-        return _HEAD.size + 8 * files
+        return _HEAD.size + _FILE.size * files
 
-    @property
-    def content(self) -> bytes:
-        """What later stages depend on: equal for a block that was recomputed from the same inputs."""
-        return struct.pack("<Q", self.rows) + self.samples + self.inputs
+    @classmethod
+    def new(cls, rows: int, samples: bytes, inputs: bytes, files: Iterable[FileSum]) -> Record:
+        """Return the record of a block that was computed now."""
+        return cls(rows, samples, inputs, digest([struct.pack("<Q", rows), samples, inputs]), tuple(files))
 
     def to_bytes(self) -> Array:
         """Return the record as (byte,) uint8."""
-        head = _HEAD.pack(MAGIC, self.rows, self.samples, self.inputs)
-        return np.frombuffer(head + struct.pack(f"<{len(self.lengths)}Q", *self.lengths), np.uint8)
+        head = _HEAD.pack(MAGIC, self.rows, self.samples, self.inputs, self.content)
+        return np.frombuffer(head + b"".join(_FILE.pack(f.length, f.checksum) for f in self.files), np.uint8)
 
     @classmethod
-    def from_bytes(cls, data: Array) -> Record | None:
-        """Read a record; None where there is none."""
-        raw = data.tobytes()
-        magic, rows, samples, inputs = _HEAD.unpack_from(raw)
+    def from_chunk(cls, chunk: bytes) -> Record | None:
+        """Read a record as Zarr keeps it: its bytes, and their CRC-32C; None where it is damaged."""
+        raw, checksum = chunk[:-4], chunk[-4:]
+        whole = len(raw) >= _HEAD.size and (len(raw) - _HEAD.size) % _FILE.size == 0
+        if not whole or google_crc32c.value(raw) != int.from_bytes(checksum, "little"):
+            return None
+        magic, rows, samples, inputs, content = _HEAD.unpack_from(raw)
         if magic != MAGIC:
             return None
-        files = (len(raw) - _HEAD.size) // 8
-        return cls(rows, samples, inputs, struct.unpack_from(f"<{files}Q", raw, _HEAD.size))
+        files = tuple(FileSum(*found) for found in _FILE.iter_unpack(raw[_HEAD.size :]))
+        return cls(rows, samples, inputs, content, files)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.batch import size
-from stages.grad_z.choose import check_neighbours, choose, describe
+from stages.grad_z.choose import check_neighbours, choose, naming
 from stages.grad_z.technique import Technique, Values
 from stages.parameters import ModelFunction
 from stages.stage import (
@@ -78,31 +78,33 @@ class PerSample:
 
         Raises:
             StageError: a gradient or a value is not finite, or the model raised; the message names the samples.
-            MemoryError: there is not enough.
-            OutOfMemoryError: not on the device.
         """
         if self._technique is None:
             self.check()
         assert self._technique is not None
         start = 0
         for batch in self.samples.batches(ids, self.batch_size):
-            try:
+            with naming(f"at samples {ids[start]} to {ids[min(start + self.batch_size, len(ids)) - 1]}"):
                 grads, values = self._technique(self.function, self.values, batch)
-            except (StageError, MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                where = f"{ids[start]} to {ids[min(start + self.batch_size, len(ids)) - 1]}"
-                raise StageError(f"at samples {where} the model or the task raised {describe(error)}") from error
-            good = torch.isfinite(grads).all(dim=1) & torch.isfinite(values)
-            if not good.all():
-                bad = [ids[start + int(i)] for i in torch.nonzero(~good).flatten()]
-                raise StageError(
-                    f"the gradient is NaN or infinite for sample{'s' * (len(bad) > 1)} "
-                    f"{', '.join(map(str, bad[:10]))}{', …' * (len(bad) > 10)}: look at their inputs and losses "
-                    "(a log of zero, a division, an overflow), or leave them out of the data set"
-                )
+            refuse_infinite(grads, values, ids[start : start + len(grads)])
             yield batch, grads, values
             start += len(grads)
+
+
+def refuse_infinite(grads: Tensor, values: Tensor, ids: Sequence[int]) -> None:
+    """Refuse gradients (B, D) or values (B,) that are no numbers.
+
+    Raises:
+        StageError: with the samples.
+    """
+    good = torch.isfinite(grads).all(dim=1) & torch.isfinite(values)
+    if not good.all():
+        bad = [ids[int(i)] for i in torch.nonzero(~good).flatten()]
+        raise StageError(
+            f"the gradient is NaN or infinite for sample{'s' * (len(bad) > 1)} "
+            f"{', '.join(map(str, bad[:10]))}{', …' * (len(bad) > 10)}: look at their inputs and losses "
+            "(a log of zero, a division, an overflow), or leave them out of the data set"
+        )
 
 
 class GradZ(Stage):
@@ -153,9 +155,18 @@ class GradZ(Stage):
 
 
 def labels(function: ModelFunction, batch: Batch, count: int) -> Array:
-    """Return each sample's label as float64, (B,), NaN where the task has no number for it."""
-    found = function.task.labels(batch)
-    if found is None or found.shape != (count,):
+    """Return each sample's label as float64, (B,), NaN where the task has no number for it.
+
+    Raises:
+        StageError: its labels are no tensor.
+    """
+    with naming("in Task.labels"):
+        found = function.task.labels(batch)
+    if found is not None and not isinstance(found, Tensor):
+        raise StageError(
+            f"Task.labels must return a tensor, one number for each sample, or None, got {type(found).__name__}"
+        )
+    if found is None or found.shape != (count,) or found.is_complex():
         return np.full(count, np.nan)
     return found.detach().to("cpu", torch.float64).numpy()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from stages.batch import only_tensors, size, take
+from stages.batch import only_tensors, shapes, size, take
 from stages.grad_z import loop, vmap
 from stages.grad_z.technique import Technique, Values
 from stages.parameters import ModelFunction
@@ -54,22 +56,37 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}{places}"
 
 
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Say where the model or the task raised.
+
+    Raises:
+        StageError: in the place of whatever it raised.
+        MemoryError: there is not enough.
+        OutOfMemoryError: not on the device.
+    """
+    try:
+        yield
+    except (StageError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise StageError(f"{where} the model or the task raised {describe(error)}") from error
+
+
 def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> None:
     """Refuse a model whose samples influence one another: compare a batch with its samples one at a time.
 
     Raises:
-        StageError: some sample's value depends on what else is in its batch.
+        StageError: some sample's value depends on what else is in its batch, or cannot be computed.
+        MemoryError: there is not enough.
+        OutOfMemoryError: not on the device.
     """
     with torch.no_grad():
-        try:
+        with naming(f"on a batch of {shapes(batch)}"):
             together = values(function.params, batch)
-        except StageError:
-            raise
-        except Exception as error:
-            raise StageError(f"the model or the task raised {describe(error)}") from error
         try:
             alone = torch.cat([values(function.params, take(batch, index)) for index in range(size(batch))])
-        except StageError:
+        except (StageError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise StageError(
@@ -81,7 +98,7 @@ def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> N
             f"a batch of {size(batch)} samples has {len(together)} losses, its samples one at a time {len(alone)}"
         )
     difference = relative_difference(together, alone)
-    if difference > TOLERANCE.get(function.dtype, 0.05):
+    if difference > TOLERANCE.get(function.coarsest, 0.05):
         raise StageError(
             f"in eval() mode a sample's loss differs by {difference:.2g} (relative) with the samples around it, "
             f"so it has no gradient of its own. {CAUSES}"
@@ -102,7 +119,8 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     Raises:
         StageError: the loss is not of a kind that has gradients for each sample.
     """
-    expected, _ = loop.gradients(function, values, batch)
+    with naming(f"in the gradients of a batch of {shapes(batch)}"):
+        expected, _ = loop.gradients(function, values, batch)
     if not only_tensors(batch):
         log.info("gradients one sample at a time: the batch holds more than tensors")
         return loop.gradients
@@ -114,7 +132,7 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
         log.info("gradients one sample at a time: vmap cannot follow this model (%s)", str(error).split("\n")[0])
         return loop.gradients
     difference = relative_difference(found, expected)
-    if difference > TOLERANCE.get(function.dtype, 0.05):
+    if difference > TOLERANCE.get(function.coarsest, 0.05):
         log.warning("gradients one sample at a time: vmap differs from the loop by %.2g", difference)
         return loop.gradients
     return vmap.gradients

@@ -34,6 +34,7 @@ class Influence(Stage):
         read_rows: int,
         read_columns: int,
         rows_first: bool,
+        curvature_samples: int,
         top_k: int,
         store_scores: bool,
     ) -> None:
@@ -49,14 +50,15 @@ class Influence(Stage):
             read_columns: columns of S and G read at once.
             rows_first: go over all columns of some rows before the next rows (for a G computed as it is read),
                 not over all rows of some columns (so that S is read once).
+            curvature_samples: how many of the training samples the curvature is of: what scores are divided by.
             top_k: k, at most N.
             store_scores: keep the (T, N) scores, not just the rankings.
         """
         self.vectors, self.gradients = vectors, gradients
         self.train_ids, self.test_ids = train_ids, test_ids
         self.read_rows, self.read_columns, self.rows_first = read_rows, read_columns, rows_first
-        self.top_k = top_k
-        tests, count = vectors.shape[0], gradients.shape[0]
+        self.curvature_samples, self.top_k = curvature_samples, top_k
+        tests, count = len(test_ids), len(train_ids)
         self.grid = Grid((Axis("test", tests, bands[0]), Axis("sample", count, bands[1])))
         parts = self.grid.shape
         candidates = ("sample_block", "test", "rank"), (parts[1], tests, top_k)
@@ -85,6 +87,7 @@ class Influence(Stage):
             ArraySpec("mean_harmful_ids", *mean_ranks, "int64", about="training ids by mean score, smallest first"),
             ArraySpec("train_ids", ("sample",), (count,), "int64", about="id of each training sample"),
             ArraySpec("test_ids", ("test",), (tests,), "int64", about="id of each test sample"),
+            ArraySpec("curvature_samples", (), (), "int64", about="training samples that H and 1/N are of"),
         )
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
@@ -128,7 +131,7 @@ class Influence(Stage):
             gradients_ND = torch.from_numpy(np.asarray(self.gradients[rows, columns]))
             total[:, rows.start - samples.start : rows.stop - samples.start] += vectors_TD @ gradients_ND.T
             report(Progress(number, len(reads), "scores"))
-        scores: Array = (total / self.gradients.shape[0]).numpy()
+        scores: Array = (total / self.curvature_samples).numpy()
         return scores
 
     def _reads(self, samples: slice) -> Iterator[tuple[slice, slice]]:
@@ -173,6 +176,7 @@ class Influence(Stage):
             "mean_harmful_ids": bottom_k(mean[None], self.train_ids, self.top_k)[0][0],
             "train_ids": self.train_ids,
             "test_ids": self.test_ids,
+            "curvature_samples": np.asarray(self.curvature_samples),
         }
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from stages.curvature import Curvature, extreme_eigenvalues
 from stages.s_test.solver import (
+    Count,
     CurvatureSolver,
+    Fraction,
     Prepared,
     Sample,
     Solution,
@@ -46,8 +47,8 @@ class Cg(CurvatureSolver):
     state_vectors: ClassVar[int] = 6
 
     solver: Literal["cg"] = "cg"
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-3
-    max_iterations: Annotated[int, Field(gt=0)] = 200
+    tolerance: Fraction = 1e-3
+    max_iterations: Count = 200
     sample: Sample = "all"
 
     def passes(self) -> str:
@@ -97,9 +98,8 @@ class Cg(CurvatureSolver):
 
         The number of steps is at most ½√κ ln(2√κ / tolerance) for the condition number κ (Saad, 2003, 6.11.3).
         """
-        like = next(iter(curvature.function.params.values()))
         smallest, largest = extreme_eigenvalues(
-            lambda v: curvature.product(v, ids), curvature.dim, like, self.seed, steps=60
+            lambda v: curvature.product(v, ids), curvature.dim, curvature.l2, self.seed, steps=60
         )
         condition = (2 * self.max_iterations / math.log(2 * self.max_iterations / self.tolerance)) ** 2
         enough = 1.1 * (max(0.0, -smallest) + largest / condition)

@@ -17,17 +17,19 @@ import functools
 import logging
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from stages.curvature import Curvature, extreme_eigenvalues
 from stages.s_test.solver import (
+    Count,
     CurvatureSolver,
+    Fraction,
     NotPositiveDefinite,
+    Positive,
     Prepared,
     Solution,
     Solve,
@@ -60,11 +62,11 @@ class Lissa(CurvatureSolver):
     state_vectors: ClassVar[int] = 9
 
     solver: Literal["lissa"] = "lissa"
-    recursion_depth: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    repeats: Literal["auto"] | Annotated[int, Field(gt=0)] = 1
-    scale: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "auto"
-    batch_size: Annotated[int, Field(gt=0)] = 64
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    recursion_depth: Literal["auto"] | Count = "auto"
+    repeats: Literal["auto"] | Count = 1
+    scale: Literal["auto"] | Positive = "auto"
+    batch_size: Count = 64
+    tolerance: Fraction = 0.05
 
     def summary_names(self) -> tuple[str, ...]:
         """Return the largest minibatch eigenvalue too, where the scale is to come of it."""
@@ -84,12 +86,11 @@ class Lissa(CurvatureSolver):
         return found
 
     def _largest(self, curvature: Curvature) -> float:
-        like = next(iter(curvature.function.params.values()))
         largest = 0.0
         batches = self._minibatches(curvature, 0)
         for _ in range(SCALE_BATCHES):
             product = functools.partial(curvature.batch_product, next(batches))
-            smallest, biggest = extreme_eigenvalues(product, curvature.dim, like, self.seed, steps=12)
+            smallest, biggest = extreme_eigenvalues(product, curvature.dim, curvature.l2, self.seed, steps=12)
             largest = max(largest, biggest, -smallest)
         return largest
 
@@ -245,9 +246,8 @@ class _Recursion:
         size = norms(current)
         if bool((size <= 10 * (step + 1) / self.scale * norms(rhs_TD)).all()):
             return
-        like = next(iter(self.curvature.function.params.values()))
         smallest, largest = extreme_eigenvalues(
-            self.curvature.product, self.curvature.dim, like, self.settings.seed, steps=40
+            self.curvature.product, self.curvature.dim, self.curvature.l2, self.settings.seed, steps=40
         )
         if smallest + self.damping < 0:
             raise NotPositiveDefinite(smallest, largest, self.damping, self.curvature.kind)

@@ -46,8 +46,7 @@ class Prepare(Stage):
         if not self.solver.dense:
             return self.solver.summary(self.curvature, {}, report)
         rows = block.ids("coordinate")
-        like = next(iter(self.curvature.function.params.values()))
-        units = torch.zeros(len(rows), self.curvature.dim).to(like)
+        units = torch.zeros(len(rows), self.curvature.dim).to(self.curvature.l2)
         units[torch.arange(len(rows)), torch.arange(rows.start, rows.stop)] = 1
         products = self.curvature.product(units, report=report)
         report(Progress(len(rows), len(rows), "rows of H"))

@@ -12,11 +12,29 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from stages.curvature import Curvature, Kind, Product, extreme_eigenvalues, mean_eigenvalue
 from stages.stage import Array, ArrayLike, Report, StageError
+
+
+def no_switch(value: Any) -> Any:
+    """Refuse true and false, which count as 1 and 0 elsewhere.
+
+    Raises:
+        ValueError: the value is one of them.
+    """
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(no_switch), Field(ge=0, le=2**53)]
+Count = Annotated[int, BeforeValidator(no_switch), Field(gt=0, le=2**53)]
+Number = Annotated[float, BeforeValidator(no_switch), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+Fraction = Annotated[Positive, Field(lt=1)]
 
 
 class RelativeDamping(BaseModel):
@@ -24,10 +42,10 @@ class RelativeDamping(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    relative: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    relative: Positive
 
 
-Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)] | RelativeDamping
+Damping = Annotated[Number, Field(ge=0)] | RelativeDamping
 Prepared = Mapping[str, ArrayLike]
 
 
@@ -107,7 +125,7 @@ class CurvatureSolver(Solver):
 
     curvature: Kind = "ggn"
     damping: Damping = RelativeDamping(relative=0.1)
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Whole = 0
 
     def preparation(self) -> dict[str, Any] | None:
         """Return what the summary depends on: not λ, which is added when solving."""
@@ -126,8 +144,7 @@ class CurvatureSolver(Solver):
         return {name: np.asarray(value) for name, value in found.items()}
 
     def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
-        like = next(iter(curvature.function.params.values()))
-        return mean_eigenvalue(lambda v: curvature.product(v, report=report), curvature.dim, like, self.seed)
+        return mean_eigenvalue(lambda v: curvature.product(v, report=report), curvature.dim, curvature.l2, self.seed)
 
     def resolved(self, prepared: Prepared) -> float:
         """Return λ.
@@ -181,12 +198,11 @@ class NotPositiveDefinite(StageError):
 
 def negative_curvature(curvature: Curvature, product: Product, damping: float, seed: int) -> NotPositiveDefinite:
     """Make the error for negative curvature that a solver met, measuring the ends of the spectrum."""
-    like = next(iter(curvature.function.params.values()))
-    smallest, largest = extreme_eigenvalues(product, curvature.dim, like, seed, steps=60)
+    smallest, largest = extreme_eigenvalues(product, curvature.dim, curvature.l2, seed, steps=60)
     return NotPositiveDefinite(smallest, largest, damping, curvature.kind)
 
 
-Sample = Literal["all"] | Annotated[int, Field(gt=0)]
+Sample = Literal["all"] | Count
 
 
 def fixed_sample(sample: int | str, count: int, seed: int) -> list[int] | range:

@@ -1,0 +1,250 @@
+"""Layouts: which arrays a group has, how they are cut into blocks, and which file holds what."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from influence_pipeline.cache.record import Record
+from influence_pipeline.errors import CacheDamaged
+from influence_pipeline.plan import tile_shape
+from stages.stage import ArraySpec, Axis, Block, Grid
+
+RECORDS, FINISHED, SCALE = "blocks", "finished", "scale"
+DESCRIPTION = "zarr.json"
+
+
+class Layout:
+    """The shape of a group: its grid, its arrays, and which file holds what.
+
+    Attributes:
+        grid: the blocks.
+        arrays: what blocks fill, as stages give it.
+        stored: the same with what encodings add, by name.
+        merged: what is merged from all blocks, by name.
+    """
+
+    def __init__(self, grid: Grid, arrays: Sequence[ArraySpec], merged: Sequence[ArraySpec] = ()) -> None:
+        """Lay out what blocks fill (``arrays``) and what is merged from them."""
+        self.grid = grid
+        self.arrays = tuple(arrays)
+        scales = [
+            ArraySpec(SCALE, (spec.dims[0], "tile"), (spec.shape[0], 1), about=f"{spec.name} were multiplied by this")
+            for spec in arrays
+            if spec.encoding == "float16"
+        ]
+        self.stored = tuple(sorted((*self.arrays, *scales), key=lambda spec: spec.name))
+        self.merged = tuple(sorted(merged, key=lambda spec: spec.name))
+
+    @property
+    def records(self) -> ArraySpec:
+        """The array of the blocks' records."""
+        names = [f"{axis.name}_block" for axis in self.grid.axes]
+        width = Record.size(len(self.block_files(self.grid.block(tuple(0 for _ in names)))))
+        about = "a block without a record does not exist"
+        dims = (*(names if len(names) > 1 else ["block"]), "byte")
+        return ArraySpec(RECORDS, dims, (*self.grid.shape, width), "uint8", about=about)
+
+    @property
+    def finished(self) -> ArraySpec:
+        """The record of what was merged."""
+        return ArraySpec(FINISHED, ("finished_byte",), (Record.size(0),), "uint8", about="record of what was merged")
+
+    @property
+    def all(self) -> tuple[ArraySpec, ...]:
+        """Every array of the group."""
+        return (*self.stored, *self.merged, self.records, *((self.finished,) if self.merged else ()))
+
+    def shard_shape(self, spec: ArraySpec) -> tuple[int, ...]:
+        """Return the shape of one file of an array: a block's part of it, in whole tiles."""
+        if spec.name == RECORDS:
+            return (*(1 for _ in spec.shape[:-1]), spec.shape[-1])
+        parts = []
+        for dim, length in zip(spec.dims, spec.shape, strict=True):
+            axis = self.grid.axis(dim)
+            of_band = dim.endswith("_block") and self.grid.axis(dim.removesuffix("_block")) is not None
+            parts.append(axis.band if axis else 1 if of_band else length)
+        tile = tile_shape(tuple(parts))
+        return tuple(t * math.ceil(p / t) for t, p in zip(tile, parts, strict=True))
+
+    def files(self, spec: ArraySpec, region: tuple[slice, ...]) -> list[str]:
+        """Return the names of the files that hold a region of an array, relative to the group."""
+        if not spec.shape:
+            return [f"{spec.name}/c"]
+        shard = self.shard_shape(spec)
+        spans = [range(part.start // s, math.ceil(part.stop / s)) for part, s in zip(region, shard, strict=True)]
+        return [f"{spec.name}/c/{'/'.join(map(str, index))}" for index in itertools.product(*spans)]
+
+    def block_files(self, block: Block) -> list[str]:
+        """Return the names of all files that one block fills, its record aside."""
+        return [name for spec in self.stored for name in self.files(spec, spec.region(self.grid, block))]
+
+    def merged_files(self) -> list[str]:
+        """Return the names of all files that merging fills."""
+        return [name for spec in self.merged for name in self.files(spec, tuple(slice(0, n) for n in spec.shape))]
+
+    def blocks_of(self, name: str, index: tuple[Any, ...]) -> list[Block]:
+        """Return the blocks that a part of an array is of; none where it is merged from all."""
+        spec = next((spec for spec in self.stored if spec.name == name), None)
+        if spec is None:
+            return []
+        spans = []
+        for position, axis in enumerate(self.grid.axes):
+            span = range(axis.count)
+            for dim, part, length in zip(spec.dims, index, spec.shape, strict=False):
+                if dim not in (axis.name, f"{axis.name}_block"):
+                    continue
+                if isinstance(part, slice):
+                    start, stop, _ = part.indices(length)
+                elif isinstance(part, (int, np.integer)):
+                    start, stop = int(part), int(part) + 1
+                else:
+                    continue
+                band = axis.band if dim == axis.name else 1
+                span = range(start // band, min(axis.count, math.ceil(stop / band)))
+            spans.append(span)
+            assert position < len(self.grid.axes)
+        return [self.grid.block(found) for found in itertools.product(*spans)]
+
+    def bytes_bound(self) -> int:
+        """Return the bytes of all arrays, uncompressed, and of what describes them."""
+        described = 4096 * (len(self.all) + 1)
+        return described + sum(
+            math.prod(spec.shape) * np.dtype(spec.encoding or spec.dtype).itemsize for spec in self.all
+        )
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What a group says of its layout: the band of each axis, in order, and the names of its arrays."""
+        return {
+            "bands": {axis.name: axis.band for axis in self.grid.axes},
+            "arrays": sorted(spec.name for spec in self.all),
+        }
+
+
+def fill_value(dtype: str) -> Any:
+    """Return what unwritten entries read as: never a plausible value."""
+    return np.nan if np.dtype(dtype).kind == "f" else 0 if np.dtype(dtype).kind == "u" else -1
+
+
+def create_array(group: Any, layout: Layout, spec: ArraySpec) -> None:
+    """Lay out one array in a zarr group."""
+    dtype, shard = spec.encoding or spec.dtype, layout.shard_shape(spec)
+    tile = shard if spec.name in (RECORDS, FINISHED) else tile_shape(shard)
+    size, record = np.dtype(dtype).itemsize, spec.name in (RECORDS, FINISHED)
+    blosc = BloscCodec(cname="lz4", clevel=5, shuffle="shuffle" if size > 1 else "noshuffle", typesize=size)
+    group.create_array(
+        spec.name,
+        shape=spec.shape,
+        dtype=dtype,
+        chunks=tile,
+        shards=None if tile == shard else shard,
+        fill_value=fill_value(dtype),
+        compressors=[Crc32cCodec()] if record else [blosc, Crc32cCodec()],
+        dimension_names=list(spec.dims),
+        attributes={
+            "about": spec.about,
+            **({"encoding": spec.encoding} if spec.encoding else {}),
+            **({"merged": True} if spec in layout.merged else {}),
+        },
+        config={"write_empty_chunks": True},
+    )
+
+
+# ---- descriptions: zarr.json files, which are checked as data are ----------------------------------------------------
+
+
+def seal(path: Path, **changes: Any) -> None:
+    """Write into a zarr.json, among its attributes, a checksum of all of it; after changing some entries.
+
+    Raises:
+        OSError: the disk refused; the file is as it was.
+    """
+    write_description(path, {**json.loads(path.read_bytes()), **changes})
+
+
+def write_description(path: Path, described: dict[str, Any]) -> None:
+    """Write a zarr.json with its checksum, in one step for whoever looks.
+
+    Raises:
+        OSError: the disk refused; the file is as it was.
+    """
+    described = {**described, "attributes": {**described.get("attributes", {}), "checksum": 0}}
+    described["attributes"]["checksum"] = _checksum(described)
+    aside = path.with_name(f"zarr.{uuid.uuid4().hex}.partial")
+    try:
+        aside.write_text(json.dumps(described, indent=2))
+        aside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def sealed(path: Path) -> dict[str, Any]:
+    """Return a zarr.json that is as it was sealed.
+
+    Raises:
+        CacheDamaged: it is missing, cannot be read, or is not.
+    """
+    try:
+        described = json.loads(path.read_bytes())
+        fits = described["attributes"]["checksum"] == _checksum(described)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CacheDamaged(f"{path} cannot be read ({type(error).__name__}: {error}); a run mends it") from error
+    if not fits:
+        raise CacheDamaged(f"{path} is damaged (its checksum does not fit); a run mends it")
+    return dict(described)
+
+
+def _checksum(described: dict[str, Any]) -> int:
+    without = {name: value for name, value in described["attributes"].items() if name != "checksum"}
+    return int(google_crc32c.value(json.dumps({**described, "attributes": without}, sort_keys=True).encode()))
+
+
+def described_layout(bands: dict[str, int], arrays: dict[str, dict[str, Any]]) -> Layout:
+    """Return the layout of a group from what its descriptions say.
+
+    Args:
+        bands: of the grid's axes, in order.
+        arrays: the zarr.json of each array, by name.
+
+    Raises:
+        CacheDamaged: arrays disagree on the length of an axis.
+    """
+    counts = arrays[RECORDS]["shape"][:-1]
+    axes = []
+    for (name, band), count in zip(bands.items(), counts, strict=True):
+        lengths = {
+            length
+            for described in arrays.values()
+            for dim, length in zip(described.get("dimension_names") or (), described["shape"], strict=True)
+            if dim == name
+        } or {count * band}
+        if len(lengths) > 1 or math.ceil(min(lengths) / band) != count:
+            raise CacheDamaged(f"its arrays differ in the length of {name!r}: {sorted(lengths)}; a run mends it")
+        axes.append(Axis(name, lengths.pop(), band))
+    specs: dict[bool, list[ArraySpec]] = {True: [], False: []}
+    for name, described in sorted(arrays.items()):
+        if name not in (RECORDS, FINISHED, SCALE):
+            attributes, encoding = described["attributes"], described["attributes"].get("encoding", "")
+            spec = ArraySpec(
+                name,
+                tuple(described.get("dimension_names") or ()),
+                tuple(described["shape"]),
+                "float32" if encoding else described["data_type"],
+                encoding,
+                attributes["about"],
+            )
+            specs[bool(attributes.get("merged"))].append(spec)
+    return Layout(Grid(tuple(axes)), specs[False], specs[True])

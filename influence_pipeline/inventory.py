@@ -1,0 +1,146 @@
+"""What is in a cache, and what of it may go. Needs neither model nor data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_pipeline.cache import STAGES, Cache, Group
+from influence_pipeline.errors import CacheDamaged, RequestError
+from influence_pipeline.plan import show_bytes
+
+RECEIPTS = {
+    "gradient_norm": "distance from an optimum |ḡ + l2·θ| (influence assumes 0)",
+    "mean_eigenvalue": "mean eigenvalue",
+    "largest_eigenvalue": "largest eigenvalue",
+}
+
+
+def listed(cache: Cache) -> list[str]:
+    """Describe everything that is cached, some lines for each set of arrays."""
+    paths = [path for stage in STAGES for path in cache.paths(stage)]
+    lines = [f"{cache.path}: " + (f"{len(paths)} sets of arrays" if paths else "nothing is cached")]
+    for path in paths:
+        try:
+            lines += _described(Group(path))
+        except CacheDamaged as error:
+            lines.append(f"{path.parent.name:<10} {path.name:<28} {error}")
+    return lines
+
+
+def _described(group: Group) -> list[str]:
+    stage, name = group.path.parent.name, group.path.name
+    done, total = group.progress()
+    size, age = show_bytes(group.bytes_on_disk()), _age(time.time() - group.written())
+    lines = [f"{stage:<10} {name:<28} {done:>6} / {total:<6} blocks  {size:>9}  written {age} ago"]
+    details = [_brief(stage, group.attributes["identity"]), *_receipts(group)]
+    if worker := group.at_work():
+        details.append(f"being computed by {worker}")
+    return [*lines, *(f"{'':<11}{text}" for text in details)]
+
+
+def named(cache: Cache, key: str) -> Path:
+    """Return the folder of the arrays of this name, or key, or start of a key.
+
+    Raises:
+        RequestError: there is none, or more than one.
+    """
+    if not cache.exists:
+        raise RequestError(f"{cache.path} is no cache")
+    paths = [path for stage in STAGES for path in cache.paths(stage)]
+    found = [path for path in paths if key in (path.name, path.name.rpartition("-")[2])]
+    found = found or [path for path in paths if len(key) >= 4 and path.name.rpartition("-")[2].startswith(key)]
+    if len(found) != 1:
+        what = f"{len(found)} sets of arrays are named" if found else "nothing is named"
+        raise RequestError(f"{what} {key!r} in {cache.path}; `status` lists all names")
+    return found[0]
+
+
+def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
+    """Return the folders of arrays that nothing refers to: no complete result, and not what is wanted now."""
+    keep = set(wanted)
+    for group in cache.groups("influence"):
+        if group.finished:
+            keep |= {group.path, *_reads(cache, group.attributes["reads"])}
+    for group in cache.groups("s_test"):
+        if group.path in keep:
+            keep |= _reads(cache, group.attributes["reads"])
+    return [path for stage in STAGES for path in cache.paths(stage) if path not in keep and _may_go(path)]
+
+
+def _reads(cache: Cache, reads: Mapping[str, str]) -> set[Path]:
+    return {cache.path / stage / name for stage, name in reads.items()}
+
+
+def _may_go(path: Path) -> bool:
+    """Say whether a folder has arrays of ours, at which nobody is at work."""
+    try:
+        return Group(path).at_work() is None
+    except CacheDamaged:
+        return False
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse to remove a folder that is none of ours, or that is in use.
+
+    Raises:
+        RequestError: it is.
+    """
+    try:
+        worker = Group(path).at_work()
+    except CacheDamaged as error:
+        if not (path / "blocks").is_dir():
+            raise RequestError(f"{path} does not look like arrays of a cache, and is left alone") from error
+        worker = None
+    if worker:
+        raise RequestError(f"{path} is being computed by {worker}")
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def _brief(stage: str, identity: dict[str, Any]) -> str:
+    """Say in a line what a set of arrays is of."""
+    if stage == "influence":
+        return f"grad_z {identity['grad_z']}, s_test {identity['s_test']}, top_k {identity['top_k']}"
+    parts = [f"train {identity['train']}", f"weights {identity['weights']}", f"loss {identity['task']['losses']}"]
+    if stage == "grad_z":
+        parts.append(identity["encoding"])
+    if stage == "s_test":
+        parts += [f"{name} {value}" for name, value in identity["s_test"].items()]
+    if stage == "curvature":
+        parts += [f"{name} {identity[name]}" for name in ("curvature", "l2")]
+    return ", ".join(parts)
+
+
+def _receipts(group: Group) -> list[str]:
+    """Say what was measured on the way, of what is there already."""
+    lines = []
+    for name, about in RECEIPTS.items():
+        value = float(group.array(name).filled(())) if name in group else math.nan
+        if math.isfinite(value):
+            lines.append(f"{about}: {value:.3g}")
+    if "residual" in group:
+        residual, iterations, damping = (
+            group.array(name).filled(...) for name in ("residual", "iterations", "damping")
+        )
+        there = np.isfinite(residual)
+        if there.any():
+            lines.append(
+                f"λ = {damping[there][0]:.4g}, largest residual {residual[there].max():.2g}, "
+                f"iterations {iterations[there].min()} to {iterations[there].max()}"
+            )
+    if "curvature_samples" in group and group.finished:
+        over, samples = int(group.array("curvature_samples")[()]), group.array("train_ids").shape[0]
+        if over != samples:
+            lines.append(f"H and 1/N are of the first {over} of {samples} training samples (kept)")
+    return lines
