@@ -61,9 +61,9 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     computed: list[tuple[str, ...]] = []
     commit = Group.commit
 
-    def committed(group: Group, layout: Any, block: Any, *args: Any, **kwargs: Any) -> None:
+    def committed(group: Group, block: Any, *args: Any, **kwargs: Any) -> bool:
         computed.append((group.path.parent.name, group.path.name, *map(str, block.index)))
-        commit(group, layout, block, *args, **kwargs)
+        return commit(group, block, *args, **kwargs)
 
     Group.commit = committed  # type: ignore[method-assign]
     operations = Operations(order.get("die_at"), order.get("how", "before"))

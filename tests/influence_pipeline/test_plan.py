@@ -166,7 +166,8 @@ def test_tiles_that_are_read_cover_a_block_exactly_once(
     ids = np.arange(samples), np.arange(1)
     stage = Influence(
         np.zeros((1, dim), np.float32), np.zeros((samples, dim), np.float32), *ids, bands=(1, band),
-        read_rows=read_rows, read_columns=read_columns, rows_first=rows_first, top_k=1, store_scores=True,
+        read_rows=read_rows, read_columns=read_columns, rows_first=rows_first,
+            curvature_samples=samples, top_k=1, store_scores=True,
     )  # fmt: skip
     seen = np.zeros((samples, dim), int)
     for block in stage.grid:
@@ -204,7 +205,7 @@ def test_amounts_of_memory_are_written_for_people(count: int, text: str) -> None
 
 def test_a_printed_plan_says_where_things_stand() -> None:
     def stage(name: str, done: int, differs: tuple[str, ...] = ()) -> StagePlan:
-        return StagePlan(name, "0123456789ab", done, 4, 60, 2048, 4096, 1024, "1 pass", differs)
+        return StagePlan(name, "0123456789ab", done, 4, 60, 2048, 4096, False, 1024, "1 pass", differs)
 
     shown = Plan("60 training samples", (stage("grad_z", 4), stage("s_test", 2), stage("influence", 0, ("a: 1 ≠ 2",))))
     lines = str(shown).splitlines()
@@ -213,7 +214,7 @@ def test_a_printed_plan_says_where_things_stand() -> None:
     assert "complete" in lines[1]
     assert "to go on" in lines[2]
     assert "not begun" in lines[3]
-    assert "2.0 KiB of ≤ 4.0 KiB" in lines[3]
+    assert "2.0 KiB of at most 4.0 KiB" in lines[3]
     assert lines[4].endswith("differs from what is cached: a: 1 ≠ 2")
     assert not shown.complete
     assert shown["grad_z"].complete

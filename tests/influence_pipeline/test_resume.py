@@ -97,9 +97,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     commit = Group.commit
 
-    def committed(group: Group, layout: Any, block: Any, *args: Any, **kwargs: Any) -> None:
+    def committed(group: Group, block: Any, *args: Any, **kwargs: Any) -> bool:
         found.append((group.path.parent.name, *map(str, block.index)))
-        commit(group, layout, block, *args, **kwargs)
+        return commit(group, block, *args, **kwargs)
 
     monkeypatch.setattr(Group, "commit", committed)
     return found
@@ -181,6 +181,10 @@ def test_only_the_shape_of_metadata_changes_by_growing(done: Path, make: Make) -
     make(train=tiny.points(70, 1), tests={"holdout": tiny.points(13, 2)}).run()
     after = metadata(done)
     assert before.keys() == after.keys()
+    for made_anew in [name for name in before if name.startswith("curvature/")]:
+        del before[made_anew], after[made_anew]
+    for described in (*before.values(), *after.values()):
+        del described["attributes"]["checksum"]
     shapes = {name for name in before if before[name].pop("shape", None) != after[name].pop("shape", None)}
     assert shapes
     assert before == after
@@ -240,26 +244,41 @@ def changed(data: TensorDataset, position: int) -> TensorDataset:
     return TensorDataset(inputs, labels)
 
 
+WHAT_TO_DO = r"[\s\S]*--refresh[\s\S]*--accept-data[\s\S]*verify[\s\S]*another name"
+
+
 def test_a_changed_training_sample_is_refused_by_name(done: Path, make: Make) -> None:
     before = tiny.files(done)
-    with pytest.raises(ip.CacheMismatch, match=r"(?s)training set 'train'.*sample 15 differs.*train_name"):
+    with pytest.raises(ip.CacheMismatch, match=r"'train': sample 15 is not what it was" + WHAT_TO_DO):
         make(train=changed(tiny.points(60, 1), 15)).run()
+    with pytest.raises(ip.CacheMismatch, match=r"'train': sample 15 is not"):
+        make(train=changed(tiny.points(60, 1), 15)).plan()
     assert tiny.files(done) == before
 
 
 def test_a_changed_training_sample_is_refused_while_going_on(make: Make, cache: Path) -> None:
     make().grad_z()
     sorted(cache.glob("grad_z/*/blocks/c/*/0"))[2].unlink()
-    with pytest.raises(ip.CacheMismatch, match="sample 15 differs"):
+    with pytest.raises(ip.CacheMismatch, match="sample 15 is not what it was"):
         make(train=changed(tiny.points(60, 1), 15)).grad_z()
+
+
+def test_a_changed_sample_that_was_not_compared_is_refused_where_it_is_read(make: Make) -> None:
+    """Of the 60 samples 32 are compared beforehand; the solver reads them all."""
+    make().grad_z()
+    position = 14
+    other = make(train=changed(tiny.points(60, 1), position))
+    other.plan()
+    with pytest.raises(ip.CacheMismatch, match=f"sample {position} is not what it was"):
+        other.s_test("holdout")
 
 
 def test_other_data_under_a_test_sets_name_are_refused(done: Path, make: Make) -> None:
     before = tiny.files(done)
     for settings in ({"solver": "cg"}, {"solver": "identity"}):
-        with pytest.raises(ip.CacheMismatch, match=r"(?s)test set 'holdout'.*sample 7 differs.*another name"):
+        with pytest.raises(ip.CacheMismatch, match=r"'holdout': sample 7 is not what it was" + WHAT_TO_DO):
             make(tests={"holdout": changed(tiny.points(10, 2), 7)}, s_test=settings).run()
-    assert tiny.files(done) == before
+    assert tiny.files(done).items() >= before.items()
 
 
 def test_a_shrunk_data_set_is_refused(done: Path, make: Make) -> None:

@@ -26,6 +26,7 @@ def stage_for(vectors: NDArray[Any], gradients: NDArray[Any], **changes: Any) ->
         "read_rows": count,
         "read_columns": gradients.shape[1],
         "rows_first": False,
+        "curvature_samples": count,
         "top_k": min(5, count),
         "store_scores": True,
     }
