@@ -17,8 +17,8 @@ from influence_pipeline.samples import DataSet, shown_ids
 from influence_pipeline.works import Works, committed
 from stages.stage import Array, Block
 
-FEW = 8
-"""Changed samples for which the model is asked whether it sees the change."""
+FEW = 32
+"""Changed samples for which the model is asked whether it sees the change, at most."""
 
 
 @dataclass

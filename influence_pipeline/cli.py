@@ -48,13 +48,17 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         def terminate(number: int, frame: FrameType | None) -> None:
             raise Terminated
 
-        before = signal.signal(signal.SIGTERM, terminate)
+        before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        signal.signal(signal.SIGTERM, terminate)
         try:
             command(*args, **kwargs)
         except ip.InfluenceError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
         except (KeyboardInterrupt, Terminated) as stop:
+            for number in before:  # what is sent from now on finds nothing left to stop
+                before[number] = signal.SIG_IGN
+                signal.signal(number, signal.SIG_IGN)
             typer.echo("interrupted: finished blocks are kept, the same command goes on from there", err=True)
             raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else 143) from None
         except BrokenPipeError:
@@ -64,7 +68,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     return run
 

@@ -336,7 +336,8 @@ class Pipeline:
             group = self.cache.create(place.stage, place.name, work.layout, place.attributes)
         self.cache.tidy()
         group.clear()
-        if any(group.zarr_array(spec.name).shape != spec.shape for spec in work.layout.all):
+        shapes = {spec.name: spec.shape for spec in group.layout.all}
+        if any(shapes[spec.name] != spec.shape for spec in work.layout.all):
             self.cache.resize(group, work.layout)
         return group
 

@@ -7,7 +7,9 @@ imports joblib and tqdm.
 
 from __future__ import annotations
 
+import functools
 import logging
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -18,13 +20,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import joblib
+import numcodecs.blosc
 import torch
-from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 from influence_pipeline.cache import Group, Layout
@@ -267,14 +270,15 @@ def _in_workers(
         WorkError: a worker process died.
     """
     blocks, done = {block.index: block for block in missing}, []
-    threads = _threads_each(runtime.workers)
+    threads, workers = _threads_each(runtime.workers), min(runtime.workers, len(missing))
     log_file = None if runtime.log_file is None else str(runtime.log_file)
-    parallel = joblib.Parallel(
-        n_jobs=runtime.workers, return_as="generator_unordered", pre_dispatch="all", batch_size=1
-    )
+    parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2 * n_jobs", batch_size=1)
+    results: Any = None
     try:
         jobs = (joblib.delayed(_block_in_worker)(rebuild, token, i, threads, log_file) for i in blocks)
-        for index, computed in parallel(jobs):
+        with _shielded(), _deaf_to_interrupts():
+            results = parallel(jobs)
+        for index, computed in results:
             if computed:
                 done.append(index)
                 bar.finished(blocks[index])
@@ -285,8 +289,10 @@ def _in_workers(
             f"Finished blocks are kept; the same command goes on ({error})"
         ) from error
     except BaseException:
-        get_reusable_executor(max_workers=runtime.workers).shutdown(wait=True, kill_workers=True)
-        group.clear()
+        with _shielded():
+            if results is not None:
+                results.close()  # which ends the workers
+            group.clear()
         raise
     return done
 
@@ -299,12 +305,46 @@ def _block_in_worker(
 ) -> tuple[tuple[int, ...], bool]:
     """Compute one block in a worker process, which keeps the model and the data for the next."""
     if token not in _rebuilt:
+        _settle_worker()
         _rebuilt.clear()
         torch.set_num_threads(threads)
         _rebuilt[token] = rebuild()
     work, group = _rebuilt[token]
     with logging_to(None if log_file is None else Path(log_file)), _named_errors(work.label), work.computing():
         return index, work.compute(work.stage.grid.block(index), group, lambda progress: None)
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Start processes that do not see Ctrl-C, which goes to all of a terminal: this one stops them itself."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # started later, it would end the deafness
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@functools.cache
+def _settle_worker() -> None:
+    """Have a worker process end with its parent, and leave nothing behind when it is killed."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
+    if "fork" in multiprocessing.get_all_start_methods():
+        # numcodecs makes its lock once for each process. Only the lock of this method is of no name: one that has a
+        # name outlives a process that is killed.
+        method = multiprocessing.get_start_method()
+        multiprocessing.set_start_method("fork", force=True)
+        numcodecs.blosc.get_mutex()
+        multiprocessing.set_start_method(method, force=True)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 @contextmanager

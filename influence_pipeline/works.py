@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from influence_pipeline.cache import Cache, Group, group_name
 from influence_pipeline.cache.encoding import round_trip
 from influence_pipeline.cache.record import digest
 from influence_pipeline.context import Context, sentinels
-from influence_pipeline.errors import CacheMismatch, MissingStage, RequestError
+from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError
 from influence_pipeline.plan import show_bytes
 from influence_pipeline.runner import DIGESTS, Work
 from influence_pipeline.samples import DataSet, changed_samples
@@ -23,6 +24,8 @@ from stages.influence import Influence
 from stages.s_test import STest
 from stages.s_test.prepare import Prepare
 from stages.stage import Array, ArrayLike, Block, Grid, StageError
+
+log = logging.getLogger(__name__)
 
 SAME = 0.01
 """Largest relative difference between a cached gradient and the same one computed again, on another device perhaps."""
@@ -95,11 +98,21 @@ class Works:
                 expect_digests(self.find(place), train)
 
     def expect_tests(self, tests: str) -> None:
-        """Have a test set refuse samples other than those of which something is cached, under whatever settings."""
+        """Have a test set refuse samples other than those of which something is cached, under whatever settings.
+
+        Raises:
+            CacheDamaged: a block of digests is; it is discarded.
+        """
         data = self.context.test(tests)
         for group in (self.find(self.s_test_place(tests)), *self.cache.groups("s_test")):
-            if group is not None and group.attributes["tests"] == tests and len(data.expected) < len(data):
+            if group is None or group.attributes["tests"] != tests or len(data.expected) == len(data):
+                continue
+            try:
                 expect_digests(group, data)
+            except CacheDamaged as damage:
+                if damage.path is not None:
+                    raise
+                log.warning("%s", damage)  # of other settings: it is mended when those are run
 
     def compare(self, data: DataSet) -> None:
         """Compare a few samples of a data set with what is cached of it, once.
@@ -132,6 +145,21 @@ class Works:
         if differs:
             raise CacheMismatch(
                 f"the code of the task, or of the model, is not the one that the cached gradients are of: {differs[0]} "
+                f"({group.path}). Undo the change, or raise `version` of the task"
+            )
+
+    def check_measurement(self, tests: str) -> None:
+        """Compute one cached measurement again, for the same reason.
+
+        Raises:
+            CacheMismatch: it is not the one that is cached.
+        """
+        group = self.find(self.s_test_place(tests))
+        rows = [] if group is None else committed(group)
+        differs = self.tests_differ(tests, rows[:1]) if rows else []
+        if group is not None and differs:
+            raise CacheMismatch(
+                f"the code of the task, or of the model, is not the one that the cached solutions are of: {differs[0]} "
                 f"({group.path}). Undo the change, or raise `version` of the task"
             )
 
@@ -282,6 +310,7 @@ class Works:
         def before() -> None:
             _check_fixed(data)
             self.check_code()
+            self.check_measurement(tests)
             if solver.preparation() is not None:
                 context.train.keep()
 

@@ -18,7 +18,7 @@ from torch.func import grad, vjp, vmap
 
 from stages.batch import shapes, size
 from stages.grad_z import loop, refuse_infinite
-from stages.grad_z.choose import naming
+from stages.grad_z.choose import naming, refuse_memory
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch, Progress, Report, Samples, StageError, silent
 
@@ -111,9 +111,10 @@ class Curvature:
         """
         try:
             return self._products(self._linear(batch), size(batch), vectors_TD)
-        except (StageError, MemoryError, torch.OutOfMemoryError):
+        except StageError:
             raise
         except Exception as error:
+            refuse_memory(error)
             with torch.no_grad(), naming(f"on a batch of {shapes(batch)}"):
                 self.function.losses(self.function.params, batch)
             what = str(error).partition("\n")[0] or type(error).__name__

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import shutil
 import uuid
@@ -57,6 +58,8 @@ class Cache:
             self.path.exists()
         except OSError as error:
             raise RequestError(f"cache {self.path} cannot be used: {error}") from error
+        if self.path.is_symlink() and not self.path.exists():
+            raise RequestError(f"cache {self.path} is a symbolic link to nothing ({os.readlink(self.path)})")
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"cache {self.path} is a file: name a folder")
         if self.exists:
@@ -106,9 +109,11 @@ class Cache:
         """Remove what a killed process left half laid out, where that can be done."""
         with contextlib.suppress(OSError):
             self.mend()
-            if self._leftovers():
-                with self.alone():
-                    pass
+            if self._leftovers() or (self.path / ALONE).exists():
+                claim = claims.take(self.path / ALONE)
+                if claim is not None:
+                    with claim:
+                        self._clear()
 
     def _leftovers(self) -> list[Path]:
         folders = (self.path, *(self.path / stage for stage in STAGES))
@@ -209,9 +214,12 @@ class Cache:
             OSError: the folder cannot be written.
         """
         with claims.exclusively(self.path / ALONE):
-            for path in self._leftovers():
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            self._clear()
             yield
+
+    def _clear(self) -> None:
+        for path in self._leftovers():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -222,7 +230,8 @@ def _described(path: Path) -> dict[str, Any]:
     """
     try:
         attributes = dict(json.loads(path.read_bytes())["attributes"])
-        if attributes.get("influence_pipeline") == FORMAT:
+        foreign = "influence_pipeline" not in attributes and "checksum" not in attributes
+        if not foreign and attributes.keys() != {"influence_pipeline"}:  # the format before had no checksum
             sealed(path)
     except (CacheDamaged, OSError, ValueError, KeyError, TypeError) as error:
         raise CacheDamaged(f"{path} cannot be read ({error}): delete that file and run again") from error

@@ -182,7 +182,7 @@ def _bury_if_dead(path: Path) -> bool:
     if not _known_dead(content) and now - since[2] < EXPIRY:
         return False
     _seen.pop(path, None)
-    log.warning("%s: its process is gone; going on in its place", path)
+    log.info("%s: its process is gone; going on in its place", path)
     grave = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
     try:
         path.rename(grave)

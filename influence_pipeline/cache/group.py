@@ -95,14 +95,11 @@ class Group:
         """Its shape as the descriptions of its arrays have it.
 
         Raises:
-            CacheDamaged: one of them cannot be read, or they disagree.
+            CacheDamaged: one of them cannot be read.
         """
         if self._layout is None:
             found = {name: sealed(self.path / name / DESCRIPTION) for name in self.attributes["arrays"]}
-            try:
-                self._layout = described_layout(self.attributes["bands"], found)
-            except CacheDamaged as error:
-                raise CacheDamaged(f"{self.path}: {error}") from error
+            self._layout = described_layout(self.attributes["bands"], found)
         return self._layout
 
     # ---- reading -------------------------------------------------------------------------------------------------
@@ -118,6 +115,8 @@ class Group:
             try:
                 array = zarr.open_array(self.path / name, mode="r+")
             except Exception as error:
+                if not (self.path / DESCRIPTION).exists():
+                    raise CacheDamaged(f"{self.path} is gone") from error
                 raise CacheDamaged(
                     f"{self.path}/{name}/{DESCRIPTION} cannot be read ({error}); a run mends it"
                 ) from error
@@ -227,12 +226,12 @@ class Group:
                     break
 
     def damage_of_merged(self) -> str | None:
-        """Say what is wrong with what was merged, None where it is as it was written, or not there."""
+        """Say what is wrong with what was merged, None where it is as it was written, not there, or of the past."""
         record = self._record(None) if self.layout.merged else None
         if record is None:
             path = self._record_path(None)
             return f"{path} is damaged" if self.layout.merged and path.exists() else None
-        if record.content == self._merged_content(record.inputs):
+        if record.inputs != self.contents(self.layout.grid) or record.content == self._merged_content(record.inputs):
             return None
         return f"{self.path}: one of {', '.join(spec.name for spec in self.layout.merged)} is damaged"
 
@@ -324,13 +323,11 @@ class Group:
             Whether it was written; it is not where another process took the block over meanwhile.
 
         Raises:
-            WorkError: the disk refused; the block does not exist then.
+            WorkError: the disk refused, or the group is gone; the block does not exist then.
         """
         try:
-            if claim is not None and not claim.held():
-                if not (self.path / DESCRIPTION).exists():
-                    raise self._refused(f"block {block.index}", FileNotFoundError("the folder is gone"))
-                log.warning("%s: block %s was taken over by another process", self.path, block.index)
+            (self.path / DESCRIPTION).stat()
+            if claim is not None and self._taken_over(block, claim):
                 return False
             self.tidy(block)
             self.discard(block)
@@ -338,11 +335,20 @@ class Group:
             for spec in self.layout.arrays:
                 self._write(spec, spec.region(self.layout.grid, block), values[spec.name])
             files = [self._sum(name) for name in self.layout.block_files(block)]
-            if claim is not None and not claim.held():
+            if claim is not None and self._taken_over(block, claim):
                 return False
             self.zarr_array(RECORDS)[block.index] = Record.new(block.rows, samples, inputs, files).to_bytes()
         except OSError as error:
+            if claim is not None and self._taken_over(block, claim):
+                # Whoever took it over removed what was half written here.
+                return False
             raise self._refused(f"block {block.index}", error) from error
+        return True
+
+    def _taken_over(self, block: Block, claim: Claim) -> bool:
+        if claim.held() or not (self.path / DESCRIPTION).exists():
+            return False
+        log.warning("%s: block %s was taken over by another process", self.path, block.index)
         return True
 
     def adopt(self, block: Block | None, name: str, values: Array, samples: bytes) -> None:
@@ -465,7 +471,16 @@ class Group:
         return True
 
     def resize(self, layout: Layout) -> None:
-        """Make the arrays as long as a layout that fits wants them; only alone."""
+        """Make the arrays as long as a layout that fits wants them; only alone.
+
+        Raises:
+            WorkError: another process made them longer than that meanwhile.
+            OSError: the disk refused.
+        """
+        self._layout = None
+        self._opened.clear()
+        if not self.fits(layout):
+            raise WorkError(f"{self.path} was made longer by another process: run again")
         for spec in layout.all:
             if self.zarr_array(spec.name).shape != spec.shape:
                 seal(self.path / spec.name / DESCRIPTION, shape=list(spec.shape))
@@ -483,10 +498,7 @@ class Group:
         """
         damaged = [name for name in ("", *(spec.name for spec in layout.all)) if not _is_sealed(path / name)]
         if not damaged:
-            with contextlib.suppress(CacheDamaged):
-                Group(path).layout  # noqa: B018 - arrays that disagree in their lengths are damaged, too
-                return
-            damaged = [spec.name for spec in layout.all]
+            return
         aside = path.parent.parent / f"{path.name}.{uuid.uuid4().hex}.partial"
         try:
             Group.create(aside / "stage" / path.name, layout, attributes)

@@ -219,8 +219,9 @@ def described_layout(bands: dict[str, int], arrays: dict[str, dict[str, Any]]) -
         bands: of the grid's axes, in order.
         arrays: the zarr.json of each array, by name.
 
-    Raises:
-        CacheDamaged: arrays disagree on the length of an axis.
+    Returns:
+        The layout. Where arrays differ in the length of an axis, growth was interrupted, or is under way: what all of
+        them have is there.
     """
     counts = arrays[RECORDS]["shape"][:-1]
     axes = []
@@ -230,10 +231,8 @@ def described_layout(bands: dict[str, int], arrays: dict[str, dict[str, Any]]) -
             for described in arrays.values()
             for dim, length in zip(described.get("dimension_names") or (), described["shape"], strict=True)
             if dim == name
-        } or {count * band}
-        if len(lengths) > 1 or math.ceil(min(lengths) / band) != count:
-            raise CacheDamaged(f"its arrays differ in the length of {name!r}: {sorted(lengths)}; a run mends it")
-        axes.append(Axis(name, lengths.pop(), band))
+        }
+        axes.append(Axis(name, min((*lengths, count * band)), band))
     specs: dict[bool, list[ArraySpec]] = {True: [], False: []}
     for name, described in sorted(arrays.items()):
         if name not in (RECORDS, FINISHED, SCALE):

@@ -56,6 +56,19 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}{places}"
 
 
+def refuse_memory(error: Exception) -> None:
+    """Do nothing, unless an error says that there is not enough memory; torch has no type for that on the CPU.
+
+    Raises:
+        MemoryError: it does.
+        OutOfMemoryError: it does, of the device.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        raise error
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+        raise MemoryError(str(error)) from error
+
+
 @contextmanager
 def naming(where: str) -> Iterator[None]:
     """Say where the model or the task raised.
@@ -67,9 +80,10 @@ def naming(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (StageError, MemoryError, torch.OutOfMemoryError):
+    except StageError:
         raise
     except Exception as error:
+        refuse_memory(error)
         raise StageError(f"{where} the model or the task raised {describe(error)}") from error
 
 
@@ -86,9 +100,10 @@ def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> N
             together = values(function.params, batch)
         try:
             alone = torch.cat([values(function.params, take(batch, index)) for index in range(size(batch))])
-        except (StageError, MemoryError, torch.OutOfMemoryError):
+        except StageError:
             raise
         except Exception as error:
+            refuse_memory(error)
             raise StageError(
                 f"in eval() mode the loss of {size(batch)} samples together can be computed, that of one alone "
                 f"cannot ({type(error).__name__}: {error}). {CAUSES}"
@@ -129,6 +144,7 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     except StageError:
         raise
     except Exception as error:  # noqa: BLE001 - vmap's refusals have many types; the loop is always right
+        refuse_memory(error)
         log.info("gradients one sample at a time: vmap cannot follow this model (%s)", str(error).split("\n")[0])
         return loop.gradients
     difference = relative_difference(found, expected)
