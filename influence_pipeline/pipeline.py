@@ -330,7 +330,7 @@ class Pipeline:
                     f"{len(work.data)} now. Is it another set? Choose another name {_other_name(place)}, "
                     "or another cache"
                 )
-            self.cache.remove(group.path)
+            self.cache.remove(group.path, unless=lambda group: group.fits(work.layout))
             group = None
         if group is None or not self.cache.exists:
             group = self.cache.create(place.stage, place.name, work.layout, place.attributes)

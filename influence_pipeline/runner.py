@@ -15,6 +15,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +23,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import cloudpickle
@@ -166,6 +168,33 @@ def _shielded() -> Iterator[None]:
             signal.raise_signal(late)
 
 
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """Have the first Ctrl-C or SIGTERM interrupt, and nothing then interrupt what is done about it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def first(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, lambda number, frame: None)
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+        elif handler == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in before:
+        signal.signal(number, first)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def pending(work: Work, group: Group | None) -> list[Block]:
     """Return the blocks that are not there, in order."""
     if group is None or not group.fits(work.layout):
@@ -227,6 +256,7 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
     with (
         _threads(runtime.workers),
         _named_errors(work.label),
+        _interrupted_once(),
         work.computing(),
         _Bar(work, missing, runtime.progress) as bar,
     ):
@@ -289,12 +319,22 @@ def _in_workers(
             f"Finished blocks are kept; the same command goes on ({error})"
         ) from error
     except BaseException:
-        with _shielded():
-            if results is not None:
-                results.close()  # which ends the workers
-            group.clear()
+        _end_workers(results)
+        group.clear()
         raise
     return done
+
+
+def _end_workers(results: Any) -> None:
+    """Have joblib end its workers; what its threads say of the work that they lose thereby is not for people."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            if results is not None:
+                results.close()
+    finally:
+        threading.excepthook = before
 
 
 _rebuilt: dict[str, tuple[Work, Group]] = {}

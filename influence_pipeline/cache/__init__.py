@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,14 +181,20 @@ class Cache:
         except OSError as error:
             raise WorkError(f"cache {self.path} cannot be written: {error}") from error
 
-    def remove(self, path: Path) -> None:
+    def remove(self, path: Path, unless: Callable[[Group], bool] = lambda group: False) -> None:
         """Remove the group in this folder, in one step for whoever looks.
+
+        Args:
+            path: its folder.
+            unless: looks at the group as it is when nobody else changes it, and says whether it stays.
 
         Raises:
             WorkError: the folder cannot be written.
         """
         try:
             with self.alone():
+                if not path.is_dir() or unless(Group(path)):
+                    return
                 aside = self.path / f"{path.name}.{uuid.uuid4().hex}.partial"
                 path.rename(aside)
                 shutil.rmtree(aside)

@@ -326,8 +326,7 @@ class Group:
             WorkError: the disk refused, or the group is gone; the block does not exist then.
         """
         try:
-            (self.path / DESCRIPTION).stat()
-            if claim is not None and self._taken_over(block, claim):
+            if self._taken_over(block, claim):
                 return False
             self.tidy(block)
             self.discard(block)
@@ -335,18 +334,25 @@ class Group:
             for spec in self.layout.arrays:
                 self._write(spec, spec.region(self.layout.grid, block), values[spec.name])
             files = [self._sum(name) for name in self.layout.block_files(block)]
-            if claim is not None and self._taken_over(block, claim):
+            if self._taken_over(block, claim):
                 return False
             self.zarr_array(RECORDS)[block.index] = Record.new(block.rows, samples, inputs, files).to_bytes()
         except OSError as error:
-            if claim is not None and self._taken_over(block, claim):
-                # Whoever took it over removed what was half written here.
-                return False
+            with contextlib.suppress(OSError):
+                if self._taken_over(block, claim):
+                    # Whoever took it over removed what was half written here.
+                    return False
             raise self._refused(f"block {block.index}", error) from error
         return True
 
-    def _taken_over(self, block: Block, claim: Claim) -> bool:
-        if claim.held() or not (self.path / DESCRIPTION).exists():
+    def _taken_over(self, block: Block, claim: Claim | None) -> bool:
+        """Say whether another process has a block that was claimed here.
+
+        Raises:
+            FileNotFoundError: the group is gone, and with it all claims.
+        """
+        (self.path / DESCRIPTION).stat()
+        if claim is None or claim.held():
             return False
         log.warning("%s: block %s was taken over by another process", self.path, block.index)
         return True
