@@ -28,8 +28,9 @@ def listed(cache: Cache) -> list[str]:
     for path in paths:
         try:
             lines += _described(Group(path))
-        except CacheDamaged as error:
-            lines.append(f"{path.parent.name:<10} {path.name:<28} {error}")
+        except (CacheDamaged, KeyError) as error:
+            what = str(error) if isinstance(error, CacheDamaged) else f"its identity has no {error}"
+            lines.append(f"{path.parent.name:<10} {path.name:<28} {what}")
     return lines
 
 
@@ -62,12 +63,16 @@ def named(cache: Cache, key: str) -> Path:
 
 
 def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
-    """Return the folders of arrays that nothing refers to: no complete result, and not what is wanted now."""
+    """Return the folders of arrays that nothing refers to: no complete result, and not what is wanted now.
+
+    Raises:
+        CacheDamaged: a description is, so that it is not known what it refers to.
+    """
     keep = set(wanted)
-    for group in cache.groups("influence"):
+    for group in map(Group, cache.paths("influence")):
         if group.finished:
             keep |= {group.path, *_reads(cache, group.attributes["reads"])}
-    for group in cache.groups("s_test"):
+    for group in map(Group, cache.paths("s_test")):
         if group.path in keep:
             keep |= _reads(cache, group.attributes["reads"])
     return [path for stage in STAGES for path in cache.paths(stage) if path not in keep and _may_go(path)]

@@ -257,14 +257,19 @@ class Pipeline:
             CacheDamaged: something is, and no block can be computed anew for it.
         """
         with runner.logging_to(self.settings.runtime.log_file):
+            last = ""
             for _ in range(MOST_MENDS):
                 try:
                     return self._run_once(place)
                 except CacheDamaged as damage:
-                    if damage.path is None:
+                    if str(damage) == last:
                         raise
+                    last = str(damage)
                     log.warning("%s", damage)
-                    self._again(damage.path)
+                    if damage.path is None:
+                        self._mend(*self._places(self.tests))
+                    else:
+                        self._again(damage.path)
             return self._run_once(place)
 
     def _run_once(self, place: Place) -> Outcome:

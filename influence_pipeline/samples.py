@@ -240,7 +240,8 @@ class DataSet:
             batch = (self._collate or default_collate)([_to_dict(sample) for sample in samples])
         except Exception as error:
             raise RequestError(
-                f"data set {self.name!r}: its samples cannot be collated: {error}. Give the Experiment a `collate`"
+                f"data set {self.name!r}: its samples cannot be collated ({type(error).__name__}: {error}). "
+                "Give the Experiment a `collate`"
             ) from error
         batch = _drop_others(_to_dict(batch), self._keep_entries)
         found = size(batch)
@@ -327,7 +328,10 @@ def check_dataset(data: Any, name: str) -> int:
             f"data set {name!r} is a {type(data).__name__}: a data set with __getitem__ and __len__ is needed, "
             "since samples are named by their positions and read again"
         )
-    length = len(data)
+    try:
+        length = len(data)
+    except Exception as error:
+        raise RequestError(f"data set {name!r}: its length raises {type(error).__name__}: {error}") from error
     if length == 0:
         raise RequestError(f"data set {name!r} is empty")
     return length

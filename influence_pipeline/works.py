@@ -67,9 +67,17 @@ class Works:
         return self.cache.find(place.stage, place.name)
 
     def band(self, place: Place, axis: str, otherwise: int) -> int:
-        """Return the band of an axis: of the group where there is one, so that blocks stay what they are."""
+        """Return the band of an axis: of the group where there is one, so that blocks stay what they are.
+
+        Raises:
+            CacheDamaged: the group has no such axis.
+        """
         group = self.find(place)
-        return otherwise if group is None else int(group.attributes["bands"][axis])
+        if group is None:
+            return otherwise
+        if axis not in group.attributes["bands"]:
+            raise CacheDamaged(f"{group.path} has no axis {axis!r}; remove it and run again")
+        return int(group.attributes["bands"][axis])
 
     @property
     def curvature_samples(self) -> int:
@@ -156,7 +164,7 @@ class Works:
         """
         group = self.find(self.s_test_place(tests))
         rows = [] if group is None else committed(group)
-        differs = self.tests_differ(tests, rows[:1]) if rows else []
+        differs = [] if group is None else self.measurements_differ(group, tests, rows[:1])
         if group is not None and differs:
             raise CacheMismatch(
                 f"the code of the task, or of the model, is not the one that the cached solutions are of: {differs[0]} "
@@ -181,12 +189,17 @@ class Works:
         return found
 
     def tests_differ(self, tests: str, rows: Sequence[int]) -> list[str]:
-        """Compute cached measurements again; return what is to be said of those that are others."""
-        group, data, found = self.find(self.s_test_place(tests)), self.context.test(tests), []
+        """Compute measurements of changed samples again; return what is to be said of those that are others."""
+        group = self.find(self.s_test_place(tests))
         rows = [] if group is None else sorted(set(rows) & set(committed(group)))
         if group is None or not rows:
             return ["no measurement of the changed samples is cached to compare with"]
-        per_sample = PerSample(self.context.function, self.context.function.measurements, data, 1)
+        return self.measurements_differ(group, tests, rows)
+
+    def measurements_differ(self, group: Group, tests: str, rows: Sequence[int]) -> list[str]:
+        """Compute cached measurements again; return what is to be said of those that are others."""
+        function, found = self.context.function, []
+        per_sample = PerSample(function, function.measurements, self.context.test(tests), 1)
         with self.context.evaluating():
             values = [float(values[0]) for _, _, values in per_sample.rows(rows)]
         for row, now in zip(rows, values, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -61,6 +62,8 @@ class Group:
         """
         self.path = path
         self.attributes: dict[str, Any] = sealed(path / DESCRIPTION)["attributes"]
+        if not _describes(self.attributes):
+            raise CacheDamaged(f"{path / DESCRIPTION} does not describe arrays of a cache; remove {path} and run again")
         self._opened: dict[str, Any] = {}
         self._layout: Layout | None = None
 
@@ -95,11 +98,17 @@ class Group:
         """Its shape as the descriptions of its arrays have it.
 
         Raises:
-            CacheDamaged: one of them cannot be read.
+            CacheDamaged: one of them cannot be read, or is none of ours.
         """
         if self._layout is None:
             found = {name: sealed(self.path / name / DESCRIPTION) for name in self.attributes["arrays"]}
-            self._layout = described_layout(self.attributes["bands"], found)
+            try:
+                self._layout = described_layout(self.attributes["bands"], found)
+            except (KeyError, TypeError, ValueError) as error:
+                raise CacheDamaged(
+                    f"{self.path}: its arrays are not those of a cache ({type(error).__name__}: {error}); "
+                    "remove it and run again"
+                ) from error
         return self._layout
 
     # ---- reading -------------------------------------------------------------------------------------------------
@@ -514,6 +523,21 @@ class Group:
                 (aside / "stage" / path.name / name / DESCRIPTION).replace(path / name / DESCRIPTION)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _describes(attributes: Mapping[str, Any]) -> bool:
+    """Say whether a group's attributes have what all of ours have; whoever forged a checksum may have left it out."""
+    bands, arrays, reads = (attributes.get(name) for name in ("bands", "arrays", "reads"))
+    return (
+        isinstance(attributes.get("identity"), dict)
+        and isinstance(attributes.get("tests"), (str, type(None)))
+        and isinstance(bands, dict)
+        and all(isinstance(band, int) and band > 0 for band in bands.values())
+        and isinstance(arrays, list)
+        and all(isinstance(name, str) and re.fullmatch(r"\w+", name) for name in arrays)
+        and isinstance(reads, dict)
+        and all(isinstance(name, str) for name in reads.values())
+    )
 
 
 def _codecs(found: Iterable[Any]) -> Iterator[Any]:

@@ -396,3 +396,14 @@ def test_solutions_of_a_smaller_training_set_are_not_taken_for_those_of_a_grown_
     assert not grown.plan()["s_test"].complete
     with pytest.raises(ip.MissingStage, match=r"pipeline\.s_test\('holdout'\)"):
         grown.influence("holdout")
+
+
+def test_a_damaged_file_of_a_full_size_block_is_made_again(cache: Path) -> None:
+    """A file of many tiles, of which the block fills a part: zarr reads it before it writes it."""
+    pipeline = ip.Pipeline(tiny.experiment(), cache, tiny.settings())
+    pipeline.run()
+    before = tiny.files(cache)
+    for path in cache.glob("grad_z/*/gradients/c/0/0"):
+        path.write_bytes(b"x")
+    ip.Pipeline(tiny.experiment(), cache, tiny.settings()).run()
+    assert tiny.files(cache) == before

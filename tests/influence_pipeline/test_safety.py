@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 import influence_pipeline as ip
+from influence_pipeline import inventory
+from influence_pipeline.cache import Cache
 from influence_pipeline.cache.layout import seal
 from tests import tiny
 from tests.conftest import ROOT
@@ -150,6 +152,44 @@ def test_a_group_that_names_others_outside_of_the_cache_is_refused(
     (done / other).rename(tmp_path / "elsewhere")
     with pytest.raises(ip.InfluenceError, match=r"elsewhere/.* is no name of arrays"):
         getattr(ip.Influences.open(done, "holdout"), asked)
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no identity": lambda a: a.pop("identity"),
+    "identity of a number": lambda a: a.update(identity=5),
+    "no bands": lambda a: a.pop("bands"),
+    "a band of nothing": lambda a: a.update(bands=dict.fromkeys(a["bands"], 0)),
+    "other axes": lambda a: a.update(bands={"height": 3, "width": 4, "depth": 5}),
+    "arrays of a number": lambda a: a.update(arrays=5),
+    "arrays elsewhere": lambda a: a["arrays"].append("../../elsewhere"),
+    "no arrays": lambda a: a.update(arrays=[]),
+    "reads of a number": lambda a: a.update(reads={"grad_z": 5}),
+    "tests of a number": lambda a: a.update(tests=5),
+    "no attributes": lambda a: a.clear(),
+}
+
+
+@pytest.mark.parametrize("stage", ["grad_z", "curvature", "s_test", "influence"])
+@pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED.keys())
+def test_a_forged_description_of_a_group_is_an_error_of_the_cache(
+    done: Path, make: Make, stage: str, forge: Callable[[dict[str, Any]], Any]
+) -> None:
+    """Its checksum fits, so that it may say anything."""
+    path = next(done.glob(f"{stage}/*/zarr.json"))
+    described = json.loads(path.read_bytes())
+    forge(described["attributes"])
+    path.write_text(json.dumps(described))
+    seal(path)
+    for look in (
+        lambda: make().run(),
+        lambda: make().plan(),
+        lambda: make().verify(),
+        lambda: make().garbage(),
+        lambda: ip.Influences.open(done, "holdout").helpful(3),
+        lambda: inventory.listed(Cache(done)),
+    ):
+        with contextlib.suppress(ip.InfluenceError):
+            look()
 
 
 @functools.cache
