@@ -13,7 +13,7 @@ from influence_pipeline import checks, inventory, room, runner
 from influence_pipeline.cache import Cache, Group, nearest
 from influence_pipeline.checks import Verification
 from influence_pipeline.context import Context
-from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError
+from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
 from influence_pipeline.experiment import Experiment, load
 from influence_pipeline.influences import Influences
 from influence_pipeline.plan import Plan, StagePlan, show_bytes
@@ -272,20 +272,38 @@ class Pipeline:
                         self._again(damage.path)
             return self._run_once(place)
 
+    def _refuse_gone(self, place: Place, damage: CacheDamaged) -> None:
+        """Refuse to begin again where a stage's arrays, or what it reads, went away under it.
+
+        Raises:
+            WorkError: they did.
+        """
+        reads = {stage: name for stage, name in place.reads.items() if stage != "grad_z" or self.settings.grad_z.store}
+        for stage, name in {place.stage: place.name, **reads}.items():
+            if not (folder := self.cache.path / stage / name).is_dir():
+                raise WorkError(
+                    f"{folder} is gone: it was removed, or its disk taken away, while {place.stage} was computed. "
+                    "The next run makes it anew"
+                ) from damage
+
     def _run_once(self, place: Place) -> Outcome:
         runtime = self.settings.runtime
         group = self._open(place)
-        work = self._works.work(place)
-        with self._sent() as source:
-            rebuild = functools.partial(
-                _rebuild,
-                *(source, self.settings, str(self.cache.path), place, self._works.context.weights),
-                keep_curvature=self._keep_curvature,
-            )
-            return runner.run(
-                *(work, group, runtime, rebuild, f"{self._token} {place.stage} {place.name}"),
-                functools.partial(room.refuse, place, work, group, self._works.context),
-            )
+        try:
+            work = self._works.work(place)
+            with self._sent() as source:
+                rebuild = functools.partial(
+                    _rebuild,
+                    *(source, self.settings, str(self.cache.path), place, self._works.context.weights),
+                    keep_curvature=self._keep_curvature,
+                )
+                return runner.run(
+                    *(work, group, runtime, rebuild, f"{self._token} {place.stage} {place.name}"),
+                    functools.partial(room.refuse, place, work, group, self._works.context),
+                )
+        except CacheDamaged as damage:
+            self._refuse_gone(place, damage)
+            raise
 
     def _again(self, path: Path) -> None:
         """Compute what was discarded of another stage's arrays."""

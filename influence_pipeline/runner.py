@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -28,11 +27,10 @@ from typing import Any
 
 import cloudpickle
 import joblib
-import numcodecs.blosc
 import torch
 from tqdm import tqdm
 
-from influence_pipeline.cache import Group, Layout
+from influence_pipeline.cache import Group, Layout, leave_no_lock
 from influence_pipeline.cache.record import NOTHING, digest
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.samples import DIGEST_BYTES, DataSet
@@ -372,13 +370,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 def _settle_worker() -> None:
     """Have a worker process end with its parent, and leave nothing behind when it is killed."""
     threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
-    if "fork" in multiprocessing.get_all_start_methods():
-        # numcodecs makes its lock once for each process. Only the lock of this method is of no name: one that has a
-        # name outlives a process that is killed.
-        method = multiprocessing.get_start_method()
-        multiprocessing.set_start_method("fork", force=True)
-        numcodecs.blosc.get_mutex()
-        multiprocessing.set_start_method(method, force=True)
+    leave_no_lock()
 
 
 def _end_with(parent: int) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numcodecs.blosc
 
 from influence_pipeline.cache import claims
 from influence_pipeline.cache.group import Group
@@ -37,7 +40,7 @@ LEFTOVERS = ("*.partial", "*/zarr.*.partial", "*/*/zarr.*.partial")
 
 log = logging.getLogger(__name__)
 
-__all__ = ["FORMAT", "STAGES", "Cache", "Group", "Layout", "differences", "key_of", "nearest"]
+__all__ = ["FORMAT", "STAGES", "Cache", "Group", "Layout", "differences", "key_of", "leave_no_lock", "nearest"]
 
 
 class Cache:
@@ -242,6 +245,16 @@ def _described(path: Path) -> dict[str, Any]:
     except (CacheDamaged, OSError, ValueError, KeyError, TypeError) as error:
         raise CacheDamaged(f"{path} cannot be read ({error}): delete that file and run again") from error
     return attributes
+
+
+def leave_no_lock() -> None:
+    """Have numcodecs make its lock, one for each process, so that it does not outlive a process that is killed."""
+    if "fork" in multiprocessing.get_all_start_methods():
+        # Locks of this method alone have no name in the system.
+        method = multiprocessing.get_start_method()
+        multiprocessing.set_start_method("fork", force=True)
+        numcodecs.blosc.get_mutex()
+        multiprocessing.set_start_method(method, force=True)
 
 
 def group_name(set_name: str | None, identity: Identity) -> str:

@@ -273,9 +273,12 @@ def fill(group: Group, of: Layout) -> None:
         group.commit(block, values(block.ids("sample")))
 
 
+ATTRIBUTES: dict[str, Any] = {"stage": "grad_z", "tests": None, "reads": {}, "identity": {}}
+
+
 @pytest.fixture
 def group(cache: Path) -> Group:
-    return Cache(cache).create("grad_z", "key", layout(10), {"tests": None})
+    return Cache(cache).create("grad_z", "key", layout(10), ATTRIBUTES)
 
 
 def test_a_block_without_a_record_does_not_exist(group: Group) -> None:
@@ -399,9 +402,9 @@ def test_leftovers_of_a_kill_are_removed(done: Path, make: Make) -> None:
 
 
 def test_two_that_lay_out_the_same_group_share_it(cache: Path) -> None:
-    one = Cache(cache).create("grad_z", "key", layout(10), {"tests": None})
+    one = Cache(cache).create("grad_z", "key", layout(10), ATTRIBUTES)
     fill(one, layout(10))
-    two = Cache(cache).create("grad_z", "key", layout(10), {"tests": None})
+    two = Cache(cache).create("grad_z", "key", layout(10), ATTRIBUTES)
     assert all(two.valid(block) for block in layout(10).grid)
 
 
@@ -410,7 +413,7 @@ def test_a_removed_group_is_gone_and_can_be_made_again(cache: Path, group: Group
     Cache(cache).remove(group.path)
     assert Cache(cache).find("grad_z", "key") is None
     assert list(cache.glob("*.partial")) == []
-    again = Cache(cache).create("grad_z", "key", layout(10), {"tests": None})
+    again = Cache(cache).create("grad_z", "key", layout(10), ATTRIBUTES)
     assert again.progress() == (0, 3)
 
 
