@@ -7,7 +7,6 @@ imports joblib and tqdm.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import signal
@@ -300,7 +299,14 @@ def _in_workers(
     blocks, done = {block.index: block for block in missing}, []
     threads, workers = _threads_each(runtime.workers), min(runtime.workers, len(missing))
     log_file = None if runtime.log_file is None else str(runtime.log_file)
-    parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2 * n_jobs", batch_size=1)
+    parallel = joblib.Parallel(
+        n_jobs=workers,
+        return_as="generator_unordered",
+        pre_dispatch="2 * n_jobs",
+        batch_size=1,
+        initializer=_settle_worker,
+        initargs=(os.getpid(),),
+    )
     results: Any = None
     try:
         jobs = (joblib.delayed(_block_in_worker)(rebuild, token, i, threads, log_file) for i in blocks)
@@ -343,7 +349,6 @@ def _block_in_worker(
 ) -> tuple[tuple[int, ...], bool]:
     """Compute one block in a worker process, which keeps the model and the data for the next."""
     if token not in _rebuilt:
-        _settle_worker()
         _rebuilt.clear()
         torch.set_num_threads(threads)
         _rebuilt[token] = rebuild()
@@ -366,10 +371,12 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@functools.cache
-def _settle_worker() -> None:
-    """Have a worker process end with its parent, and leave nothing behind when it is killed."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
+def _settle_worker(parent: int) -> None:
+    """Have a new worker process end with its parent, and leave nothing behind when it is killed.
+
+    The parent is told by its number: where it died while this process was starting, somebody else is the parent now.
+    """
+    threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
     leave_no_lock()
 
 

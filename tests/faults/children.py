@@ -170,7 +170,8 @@ def _child(order: dict[str, Any]) -> None:
         with out.with_suffix(".err").open("w") as said:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
-        faulthandler.dump_traceback_later(HANGS - 5)  # what hangs says where
+        if order["hangs"] is not None:
+            faulthandler.dump_traceback_later(order["hangs"] - 5)  # what hangs says where
         module, _, function = order["call"].partition(":")
         value = getattr(importlib.import_module(module), function)(**order["args"])
         modules = list(sys.modules) if order["modules"] else []
@@ -283,10 +284,17 @@ class Server:
             answer: dict[str, Any] = json.loads(self._server.stdout.readline())
         return answer
 
-    def start(self, call: str, *, learn: bool = False, **args: Any) -> Child:
-        """Start ``module:function(**args)`` in a child; its result must be JSON."""
+    def start(self, call: str, *, learn: bool = False, hangs: float | None = HANGS, **args: Any) -> Child:
+        """Start ``module:function(**args)`` in a child; its result must be JSON.
+
+        Args:
+            call: what.
+            learn: whether the child's modules are asked for.
+            hangs: seconds after which it says where it is; None for one that takes long.
+            args: of the function.
+        """
         out = self._folder / f"{uuid.uuid4().hex}.out"
-        process = self._ask(do="start", call=call, args=args, out=out, modules=learn)["process"]
+        process = self._ask(do="start", call=call, args=args, out=out, modules=learn, hangs=hangs)["process"]
         return Child(process, out, lambda: self._ask(do="look", process=process)["exit"])
 
     def learn(self, call: str, **args: Any) -> None:

@@ -285,7 +285,13 @@ def many(server: Server, folder: Path, count: int, told: Told = lambda tally: No
     edges = [count * lane // LANES for lane in range(LANES + 1)]
     progress = [folder / f"{lane}.progress" for lane in range(LANES)]
     running = [
-        server.start("tests.faults.flips:some", folder=folder / str(lane), seeds=edges[lane : lane + 2], progress=path)
+        server.start(
+            "tests.faults.flips:some",
+            hangs=None,
+            folder=folder / str(lane),
+            seeds=edges[lane : lane + 2],
+            progress=path,
+        )
         for lane, path in enumerate(progress)
     ]
     while any(child.exit is None for child in running):

@@ -119,7 +119,7 @@ workers = {workers}
 """
 LIMIT = 60.0
 """Seconds that a moment is waited for."""
-GRACE = 5.0
+GRACE = 15.0
 """Seconds after the end of a run in which its worker processes have to be gone."""
 INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 STAGES = ("grad_z", "curvature", "s_test", "influence")
@@ -195,7 +195,7 @@ INTERRUPTS = [
     Case("influence", 2, 3, (INT, INT), gap=0.05),
 ]
 WORKER_KILLED = [Case("writing scores", 2, 3, (KILL,), "worker")]
-PARENT_KILLED = [Case("influence", 2, 3, (KILL,), "parent")]
+PARENT_KILLED = [Case("influence", 2, 3, (KILL,), "parent"), Case("starting workers", 2, 3, (KILL,), "parent")]
 OUT_OF_MEMORY = [Case("worker memory", 2, 0)]
 
 
@@ -293,7 +293,8 @@ def outcomes(
 @pytest.fixture
 def outcome(case: Case, outcomes: dict[Case, Future[Outcome]]) -> Outcome:
     found = outcomes[case].result()
-    assert "Traceback" not in found.said
+    # A worker whose parent is killed while it starts is joblib's, and says so.
+    assert "Traceback" not in found.said or case in PARENT_KILLED
     return found
 
 
@@ -370,7 +371,8 @@ def test_workers_of_a_killed_run_go_away_and_the_next_run_takes_over_their_claim
     assert outcome.code == -KILL
     assert outcome.left == []
     kept = goes_on(outcome, finished)
-    assert 0 < kept["influence"] < 12
+    assert kept["influence"] < 12
+    assert (kept["influence"] > 0) == (case.moment == "influence")
 
 
 @pytest.mark.parametrize("case", OUT_OF_MEMORY, ids=str)
