@@ -183,7 +183,7 @@ def write_description(path: Path, described: dict[str, Any]) -> None:
     described["attributes"]["checksum"] = _checksum(described)
     aside = path.with_name(f"zarr.{uuid.uuid4().hex}.partial")
     try:
-        aside.write_text(json.dumps(described, indent=2))
+        aside.write_bytes(_written(described))
         aside.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -198,13 +198,18 @@ def sealed(path: Path) -> dict[str, Any]:
         CacheDamaged: it is missing, cannot be read, or is not.
     """
     try:
-        described = json.loads(path.read_bytes())
-        fits = described["attributes"]["checksum"] == _checksum(described)
+        raw = path.read_bytes()
+        described = json.loads(raw)
+        fits = described["attributes"]["checksum"] == _checksum(described) and raw == _written(described)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheDamaged(f"{path} cannot be read ({type(error).__name__}: {error}); a run mends it") from error
     if not fits:
         raise CacheDamaged(f"{path} is damaged (its checksum does not fit); a run mends it")
     return dict(described)
+
+
+def _written(described: dict[str, Any]) -> bytes:
+    return json.dumps(described, indent=2).encode()
 
 
 def _checksum(described: dict[str, Any]) -> int:
