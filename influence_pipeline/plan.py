@@ -55,21 +55,31 @@ class Reads:
 
     Attributes:
         rows: rows at once.
-        columns: columns at once.
+        columns: columns of the solutions at once.
+        tile_columns: columns of the gradients at once.
         passes: times that the gradients are read, over all test samples.
         memory_bytes: what a block holds at once.
     """
 
     rows: int
     columns: int
+    tile_columns: int
     passes: int
     memory_bytes: int
 
 
 def reads(
-    tests: int, samples: int, dim: int, rows: int, bands: tuple[int, int], memory_bytes: int, *, computed: bool
+    tests: int,
+    samples: int,
+    dim: int,
+    rows: int,
+    bands: tuple[int, int],
+    memory_bytes: int,
+    *,
+    computed: bool,
+    threads: int,
 ) -> Reads:
-    """Choose the tiles that a block of scores is computed in: whole rows where they fit, columns where not.
+    """Choose the tiles that a block of scores is computed in, and how many columns of the solutions are held.
 
     Args:
         tests: T.
@@ -78,15 +88,19 @@ def reads(
         rows: rows of a block of gradients.
         bands: test and training samples of a block of scores.
         memory_bytes: the budget.
-        computed: gradients are computed as they are read, a whole block at a time.
+        computed: gradients are computed as they are read, a whole block at a time; otherwise tile by tile.
+        threads: that read.
 
     Raises:
         RequestError: not even one column fits; the message has the bytes needed.
     """
     test_rows, band = min(tests, bands[0]), min(samples, bands[1])
-    fixed = 3 * 4 * test_rows * band + (3 * 4 * min(rows, samples) * dim if computed else 0)
     read_rows = min(rows, samples) if computed else min(rows, samples, TILE_ROWS)
-    per_column = 4 * test_rows + (4 + 4 + 2) * read_rows
+    tile = dim if computed else tile_shape((min(rows, samples), dim))[1]
+    # Scores, their transpose and what ranking them takes; and a tile for each thread: compressed, as kept, decoded.
+    fixed = 3 * 4 * test_rows * band
+    fixed += 3 * 4 * read_rows * dim if computed else threads * (2 + 2 + 4) * read_rows * tile
+    per_column = 2 * 4 * test_rows  # the solutions and their transpose
     columns = min(dim, (memory_bytes - fixed) // per_column)
     least = min(dim, 256)
     if columns < least:
@@ -94,8 +108,10 @@ def reads(
             f"influence: a block of {test_rows} tests × {band} training samples needs "
             f"{show_bytes(fixed + per_column * least)}; runtime.memory is {show_bytes(memory_bytes)}: raise it"
         )
+    if tile < columns < dim:
+        columns -= columns % tile  # so that no tile is decoded twice
     passes = math.ceil(tests / bands[0])
-    return Reads(read_rows, columns, passes, fixed + per_column * columns)
+    return Reads(read_rows, columns, min(tile, columns), passes, fixed + per_column * columns)
 
 
 def gradients_memory(dim: int, rows: int, batch: int, itemsize: int) -> int:

@@ -88,12 +88,12 @@ class GradZSettings(_Section):
 
     Attributes:
         parameters: globs over the names of trainable parameters; what matches none is an error.
-        encoding: how gradients are kept, "float16" scaled by row, or "float32".
+        encoding: how gradients are kept, "float16" scaled by row, "int8" scaled by row and group, or "float32".
         store: keep the gradients; false computes them again for every test set, for users without the disk.
     """
 
     parameters: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
-    encoding: Literal["float32", "float16"] = "float16"
+    encoding: Literal["float32", "float16", "int8"] = "float16"
     store: bool = True
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from influence_pipeline import plan
 from influence_pipeline.cache import Cache, Group, group_name
@@ -368,7 +369,11 @@ class Works:
         solved = self.find(s_test)
         vectors = _Absent((len(data), context.dim)) if solved is None else solved.rows("vectors")
         gradients, of_band, computed = self._gradients()
-        reads = plan.reads(len(data), len(context.train), context.dim, rows, bands, context.memory, computed=computed)
+        reads = plan.reads(
+            *(len(data), len(context.train), context.dim, rows, bands, context.memory),
+            computed=computed,
+            threads=torch.get_num_threads(),
+        )
         train_ids, test_ids = context.experiment.train_ids(), context.experiment.test_ids(tests)
         stage = Influence(
             vectors,
@@ -378,6 +383,7 @@ class Works:
             bands=bands,
             read_rows=reads.rows,
             read_columns=reads.columns,
+            tile_columns=reads.tile_columns,
             rows_first=computed,
             curvature_samples=over,
             top_k=top_k,

@@ -23,7 +23,7 @@ import zarr
 
 from influence_pipeline.cache import claims
 from influence_pipeline.cache.claims import Claim
-from influence_pipeline.cache.encoding import encode
+from influence_pipeline.cache.encoding import SCALED, kept, scales
 from influence_pipeline.cache.layout import (
     DESCRIPTION,
     FINISHED,
@@ -37,13 +37,14 @@ from influence_pipeline.cache.layout import (
 )
 from influence_pipeline.cache.record import NOTHING, FileSum, Record, digest
 from influence_pipeline.cache.stored import DecodedRows, StoredArray
+from influence_pipeline.cache.tiles import Region, Tiles
 from influence_pipeline.errors import CacheDamaged, WorkError
 from stages.stage import Array, ArrayLike, ArraySpec, Block
 
 log = logging.getLogger(__name__)
 
 CODECS = {"bytes", "blosc", "crc32c", "sharding_indexed"}
-TYPES = {"float16", "float32", "float64", "int64", "uint8"}
+TYPES = {"float16", "float32", "float64", "int8", "int64", "uint8"}
 
 
 class Group:
@@ -148,8 +149,8 @@ class Group:
 
     def rows(self, name: str) -> ArrayLike:
         """Return an array whose slices are decoded to float32."""
-        scale = self.array(SCALE) if self.array(name).dtype == np.float16 else None
-        return DecodedRows(self.array(name), scale)
+        array = self.array(name)
+        return DecodedRows(array, self.array(SCALE) if array.dtype in (np.float16, np.int8) else None)
 
     def progress(self) -> tuple[int, int]:
         """Return how many blocks have a record, and how many there are."""
@@ -426,13 +427,22 @@ class Group:
         for name in names:
             (self.path / name).unlink(missing_ok=True)
 
-    def _write(self, spec: ArraySpec, region: tuple[slice, ...], values: Array) -> None:
-        if spec.encoding:
-            values, scale = encode(values, spec.encoding)
-            if scale is not None:
-                self.zarr_array(SCALE)[region[0]] = scale
-        target = self.zarr_array(spec.name)
-        target[region if region else ...] = np.asarray(values, dtype=target.dtype)
+    def _write(self, spec: ArraySpec, region: Region, values: Array) -> None:
+        """Write what a block has of an array, encoded; the factors of its rows, too."""
+        target, scale = self.zarr_array(spec.name), None
+        values = np.asarray(values, dtype=spec.dtype)
+        if spec.encoding in SCALED:
+            scale = scales(values, spec.encoding)
+            self._write(self.layout.scale(spec), (region[0], slice(0, scale.shape[1])), scale)
+
+        def encoded(cell: Region) -> Array:
+            part = tuple(slice(c.start - r.start, c.stop - r.start) for c, r in zip(cell, region, strict=True))
+            return values[part] if scale is None else kept(values[part], scale[part[0]], spec.encoding, cell[1].start)
+
+        if target.shards:
+            Tiles(self.path / spec.name, target).write(region, encoded, threads())
+        else:
+            target[region if region else ...] = encoded(region)
 
     def tidy(self, block: Block | None) -> None:
         """Remove what a killed process left half written of a block, or of what is merged; only under its claim."""
@@ -523,6 +533,13 @@ class Group:
                 (aside / "stage" / path.name / name / DESCRIPTION).replace(path / name / DESCRIPTION)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def threads() -> int:
+    """Return how many threads encode and compress: as many as compute."""
+    import torch
+
+    return int(torch.get_num_threads())
 
 
 def _describes(attributes: Mapping[str, Any]) -> bool:

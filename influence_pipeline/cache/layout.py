@@ -15,6 +15,7 @@ import google_crc32c
 import numpy as np
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from influence_pipeline.cache.encoding import SCALED, factors
 from influence_pipeline.cache.record import Record
 from influence_pipeline.errors import CacheDamaged
 from influence_pipeline.plan import tile_shape
@@ -38,13 +39,15 @@ class Layout:
         """Lay out what blocks fill (``arrays``) and what is merged from them."""
         self.grid = grid
         self.arrays = tuple(arrays)
-        scales = [
-            ArraySpec(SCALE, (spec.dims[0], "tile"), (spec.shape[0], 1), about=f"{spec.name} were multiplied by this")
-            for spec in arrays
-            if spec.encoding == "float16"
-        ]
+        scales = [self.scale(spec) for spec in arrays if spec.encoding in SCALED]
         self.stored = tuple(sorted((*self.arrays, *scales), key=lambda spec: spec.name))
         self.merged = tuple(sorted(merged, key=lambda spec: spec.name))
+
+    @staticmethod
+    def scale(spec: ArraySpec) -> ArraySpec:
+        """Return the array of the factors by which another one's rows are kept."""
+        shape = spec.shape[0], factors(spec.shape[-1], spec.encoding)
+        return ArraySpec(SCALE, (spec.dims[0], "group"), shape, about=f"{spec.name} were multiplied by this")
 
     @property
     def records(self) -> ArraySpec:

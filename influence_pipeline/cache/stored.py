@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from influence_pipeline.cache.encoding import decode
+from influence_pipeline.cache.encoding import decode_into
+from influence_pipeline.cache.tiles import Region, Tiles
 from influence_pipeline.errors import CacheDamaged, WorkError
 from stages.stage import Array
 
@@ -23,6 +25,7 @@ class StoredArray:
         self.shape: tuple[int, ...] = array.shape
         self.dtype: np.dtype[Any] = array.dtype
         self.path = path
+        self.tiles = Tiles(path, array) if array.shards else None
         self._array = array
         self._suspect = suspect
 
@@ -33,18 +36,28 @@ class StoredArray:
             WorkError: the disk refused.
             CacheDamaged: it is not as it was written, or was never written.
         """
+        part = self.checked(index, lambda: self._part(index, strict=True))
+        if self.tiles is None:
+            lost = next((path for path in self._files(index) if not path.exists()), None)
+            if lost is not None:
+                raise self.damaged(self._suspect(index) or f"{lost} is missing")
+        return part
+
+    def checked(self, index: Any, read: Callable[[], Array]) -> Array:
+        """Return what ``read`` reads of a part, after looking for what is damaged where that fails.
+
+        Raises:
+            CacheDamaged: something is.
+        """
         try:
-            part = self.filled(index)
+            return read()
         except CacheDamaged as error:
             what = self._suspect(index)
             if what is None:
                 # Nothing is wrong with the files: another process may have been writing them.
-                return self.filled(index)
-            raise self.damaged(what) from error
-        lost = next((path for path in self._files(index) if not path.exists()), None)
-        if lost is not None:
-            raise self.damaged(self._suspect(index) or f"{lost} is missing")
-        return part
+                return read()
+            # Another thread may have been faster, and what it found is discarded.
+            raise self.damaged(what if str(self.path) in what else f"{error} ({what})") from error
 
     def filled(self, index: Any) -> Array:
         """Return a part; what was never written is fill values.
@@ -55,15 +68,46 @@ class StoredArray:
             MemoryError: there is not enough.
             IndexError: there is no such part.
         """
-        try:
+        return self._part(index, strict=False)
+
+    def _part(self, index: Any, *, strict: bool) -> Array:
+        region = None if self.tiles is None else _region(index, self.shape)
+        if region is not None:
+            out = np.empty([part.stop - part.start for part in region], self.dtype)
+            self.read(region, out, lambda tile, cell, place: np.copyto(place, tile), strict=strict)
+            return out
+        with self._named(index):
             part: Array = self._array[index]
+        return part
+
+    def read(
+        self, region: Region, out: Array, decoded: Callable[[Array, Region, Array], None], *, strict: bool = True
+    ) -> None:
+        """Read a region of an array of tiles, as :meth:`Tiles.read` does."""
+        assert self.tiles is not None
+        with self._named(region):
+            self.tiles.read(region, out, decoded, strict=strict)
+
+    @contextmanager
+    def _named(self, index: Any) -> Iterator[None]:
+        """Turn what goes wrong in reading into an error of the cache.
+
+        Raises:
+            WorkError: the disk refused.
+            CacheDamaged: a checksum does not fit, or a file is missing.
+            MemoryError: there is not enough.
+            IndexError: there is no such part.
+        """
+        try:
+            yield
         except (MemoryError, IndexError):
             raise
+        except FileNotFoundError as error:
+            raise CacheDamaged(f"{error.filename} is missing") from error
         except OSError as error:
             raise WorkError(f"{self.path}: {index} cannot be read: {error}") from error
         except Exception as error:
             raise CacheDamaged(f"{self.path}: {index} cannot be read: {error}") from error
-        return part
 
     def _files(self, index: Any) -> Iterator[Path]:
         """Yield the files that a part is in: Zarr reads one that is missing as fill values, without a word."""
@@ -90,10 +134,10 @@ class StoredArray:
 
 
 class DecodedRows:
-    """Rows of float32 vectors, decoded as they are sliced."""
+    """Rows of float32 vectors, decoded as they are sliced; several threads may do so at once."""
 
     def __init__(self, kept: StoredArray, scale: StoredArray | None) -> None:
-        """Decode ``kept`` by its row factors."""
+        """Decode ``kept`` by the factors of its rows."""
         self.shape: tuple[int, ...] = kept.shape
         self._kept, self._scale = kept, scale
 
@@ -103,8 +147,39 @@ class DecodedRows:
         Raises:
             CacheDamaged: a part was never written.
         """
-        index = index if isinstance(index, tuple) else (index,)
-        rows = decode(self._kept[index], None if self._scale is None else self._scale[index[0]])
-        if np.isnan(rows).any():
-            raise self._kept.never_written(index)
-        return rows
+        region = _region(index, self.shape)
+        assert region is not None, index
+        rows, columns = region
+        scale = None if self._scale is None else self._scale[rows]
+        found = self._kept.checked(region, lambda: self._decoded(region, scale))
+        if np.isnan(found if scale is None else scale).any():
+            raise self._kept.never_written((rows, columns))
+        return found
+
+    def _decoded(self, region: Region, scale: Array | None) -> Array:
+        first = region[0].start
+        out = np.empty([part.stop - part.start for part in region], np.float32)
+
+        def decoded(tile: Array, cell: Region, place: Array) -> None:
+            rows, columns = cell
+            decode_into(
+                tile, None if scale is None else scale[rows.start - first : rows.stop - first], columns.start, place
+            )
+
+        if self._kept.tiles is None:
+            decoded(self._kept[region], region, out)
+        else:
+            self._kept.read(region, out, decoded)
+        return out
+
+
+def _region(index: Any, shape: tuple[int, ...]) -> Region | None:
+    """Return an index as a slice of step 1 for each dimension; None where it is none of such slices."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if parts == (Ellipsis,):
+        parts = ()
+    if not all(isinstance(part, slice) for part in parts):
+        return None
+    parts = (*parts, *(slice(None) for _ in shape[len(parts) :]))
+    found = [slice(*part.indices(length)) for part, length in zip(parts, shape, strict=True)]
+    return tuple(found) if all(part.step == 1 and part.stop >= part.start for part in found) else None

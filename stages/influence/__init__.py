@@ -5,6 +5,7 @@ Shapes: ``T`` test samples, ``N`` training samples, ``D`` coordinates, ``k`` ran
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from stages.influence.ranking import bottom_k, top_k
 from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Stage, StageError, silent
+from stages.threads import in_threads
 
 
 class Influence(Stage):
@@ -33,6 +35,7 @@ class Influence(Stage):
         bands: tuple[int, int],
         read_rows: int,
         read_columns: int,
+        tile_columns: int,
         rows_first: bool,
         curvature_samples: int,
         top_k: int,
@@ -47,9 +50,10 @@ class Influence(Stage):
             test_ids: (T,) int64.
             bands: test and training samples of one block.
             read_rows: rows of G read at once.
-            read_columns: columns of S and G read at once.
+            read_columns: columns of S read at once.
+            tile_columns: columns of G read at once.
             rows_first: go over all columns of some rows before the next rows (for a G computed as it is read),
-                not over all rows of some columns (so that S is read once).
+                not over all rows of some columns, by several threads (so that S is read once).
             curvature_samples: how many of the training samples the curvature is of: what scores are divided by.
             top_k: k, at most N.
             store_scores: keep the (T, N) scores, not just the rankings.
@@ -57,6 +61,7 @@ class Influence(Stage):
         self.vectors, self.gradients = vectors, gradients
         self.train_ids, self.test_ids = train_ids, test_ids
         self.read_rows, self.read_columns, self.rows_first = read_rows, read_columns, rows_first
+        self.tile_columns = tile_columns
         self.curvature_samples, self.top_k = curvature_samples, top_k
         tests, count = len(test_ids), len(train_ids)
         self.grid = Grid((Axis("test", tests, bands[0]), Axis("sample", count, bands[1])))
@@ -122,16 +127,31 @@ class Influence(Stage):
     def _scores(self, block: Block, report: Report) -> Array:
         """Return S Gᵀ / N over one block, (tests, samples), float32."""
         tests, samples = block.bounds["test"], block.bounds["sample"]
-        total = torch.zeros(tests.stop - tests.start, samples.stop - samples.start)
-        vectors_TD, known = torch.empty(0), None
+        # G Sᵀ, not S Gᵀ: the long side first is the faster product.
+        total_nT = torch.zeros(samples.stop - samples.start, tests.stop - tests.start)
+        vectors_DT, known = torch.empty(0), slice(0, 0)
         reads = list(self._reads(samples))
-        for number, (rows, columns) in enumerate(reads, 1):
-            if columns != known:
-                vectors_TD, known = torch.from_numpy(np.asarray(self.vectors[tests, columns])), columns
-            gradients_ND = torch.from_numpy(np.asarray(self.gradients[rows, columns]))
-            total[:, rows.start - samples.start : rows.stop - samples.start] += vectors_TD @ gradients_ND.T
-            report(Progress(number, len(reads), "scores"))
-        scores: Array = (total / self.curvature_samples).numpy()
+        done = itertools.count(1)
+
+        def add(read: tuple[slice, slice]) -> None:
+            rows, columns = read
+            total = total_nT[rows.start - samples.start : rows.stop - samples.start]
+            for start in range(columns.start, columns.stop, self.tile_columns):
+                tile = slice(start, min(start + self.tile_columns, columns.stop))
+                gradients_nD = torch.from_numpy(np.asarray(self.gradients[rows, tile]))
+                total.addmm_(gradients_nD, vectors_DT[tile.start - columns.start : tile.stop - columns.start])
+            report(Progress(next(done), len(reads), "scores"))
+
+        for columns, group in itertools.groupby(reads, key=lambda read: (read[1].start, read[1].stop)):
+            if slice(*columns) != known:
+                known = slice(*columns)
+                vectors_DT = torch.from_numpy(np.asarray(self.vectors[tests, known])).T.contiguous()
+            if self.rows_first:
+                for read in group:
+                    add(read)
+            else:
+                in_threads(add, list(group))
+        scores: Array = (total_nT.T / self.curvature_samples).contiguous().numpy()
         return scores
 
     def _reads(self, samples: slice) -> Iterator[tuple[slice, slice]]:

@@ -128,7 +128,7 @@ def test_reads_stay_within_memory_or_are_refused_with_the_numbers(
 ) -> None:
     refusal = ""
     try:
-        reads = plan.reads(tests, samples, dim, rows, bands, memory, computed=computed)
+        reads = plan.reads(tests, samples, dim, rows, bands, memory, computed=computed, threads=2)
     except ip.RequestError as error:
         refusal = str(error)
     if refusal:
@@ -137,7 +137,9 @@ def test_reads_stay_within_memory_or_are_refused_with_the_numbers(
         return
     assert 1 <= reads.rows <= min(rows, samples)
     assert min(dim, 256) <= reads.columns <= dim
-    held = 4 * min(tests, bands[0]) * (min(samples, bands[1]) + reads.columns) + 4 * reads.rows * reads.columns
+    assert reads.tile_columns <= reads.columns
+    assert reads.columns == dim or not reads.columns % reads.tile_columns
+    held = 4 * min(tests, bands[0]) * (min(samples, bands[1]) + reads.columns) + 4 * reads.rows * reads.tile_columns
     assert held <= reads.memory_bytes <= memory
     assert reads.passes == math.ceil(tests / bands[0])
 
@@ -150,13 +152,13 @@ def test_what_a_refusal_asks_for_is_enough(
     enough = 1
     while True:
         try:
-            reads = plan.reads(*arguments, enough, computed=computed)
+            reads = plan.reads(*arguments, enough, computed=computed, threads=2)
             break
         except ip.RequestError:
             enough *= 2
     assert reads.memory_bytes <= enough
     with pytest.raises(ip.RequestError):
-        plan.reads(*arguments, 1, computed=computed)
+        plan.reads(*arguments, 1, computed=computed, threads=2)
 
 
 @given(small, small, small, small, small, small, st.booleans())
@@ -166,7 +168,7 @@ def test_tiles_that_are_read_cover_a_block_exactly_once(
     ids = np.arange(samples), np.arange(1)
     stage = Influence(
         np.zeros((1, dim), np.float32), np.zeros((samples, dim), np.float32), *ids, bands=(1, band),
-        read_rows=read_rows, read_columns=read_columns, rows_first=rows_first,
+        read_rows=read_rows, read_columns=read_columns, tile_columns=read_columns, rows_first=rows_first,
             curvature_samples=samples, top_k=1, store_scores=True,
     )  # fmt: skip
     seen = np.zeros((samples, dim), int)
