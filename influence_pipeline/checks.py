@@ -27,6 +27,7 @@ class Verification:
 
     Attributes:
         blocks: how many were read.
+        absent: how many are not there yet, or were discarded.
         samples: how many were read.
         rows: training gradients that were computed again.
         damaged: what is wrong with which block; these were discarded, and the next run computes them anew.
@@ -35,6 +36,7 @@ class Verification:
     """
 
     blocks: int = 0
+    absent: int = 0
     samples: int = 0
     rows: int = 0
     damaged: list[str] = field(default_factory=list)
@@ -61,7 +63,8 @@ class Verification:
         if self.differing:
             lines.append("other gradients: the code of task or model changed; undo that, or raise the task's `version`")
         counts = f"{self.blocks} blocks, {self.samples} samples and {self.rows} recomputed gradients"
-        return "\n".join([*lines, f"{counts} read: {'as they were written' if not lines else 'see above'}"])
+        absent = f"; {self.absent} blocks are not there, the next run computes them" if self.absent else ""
+        return "\n".join([*lines, f"{counts} read: {'see above' if lines else 'as they were written'}{absent}"])
 
 
 def verify(works: Works, tests: Sequence[str], sample: int, mend: Callable[[], None]) -> Verification:
@@ -99,7 +102,8 @@ def _verify_files(group: Group, found: Verification, *, show: bool) -> None:
     label, blocks = f"{group.path.parent.name}/{group.path.name}", list(group.layout.grid)
     with runner.watched(label, len(blocks), show) as report:
         for block in blocks:
-            found.blocks += group.record(block) is not None
+            there = group.record(block) is not None
+            found.blocks, found.absent = found.blocks + there, found.absent + (not there)
             for damaged, what in group.damage([block]):
                 found.damaged.append(f"{label} block {block.index}: {what}")
                 group.discard(damaged)
@@ -111,9 +115,12 @@ def _verify_files(group: Group, found: Verification, *, show: bool) -> None:
 
 def _verify_rows(works: Works, sample: int, found: Verification) -> None:
     group = works.find(works.grad_z_place())
-    rows = [] if group is None else committed(group)
+    data = works.context.train
+    changed = set(found.changed.get(data.name, ()))
+    rows = [] if group is None else [row for row in committed(group) if row not in changed]
     if group is None or not rows:
-        raise RequestError("--sample: no training gradients of this model are cached")
+        raise RequestError("--sample: no training gradients of this model and these samples are cached")
+    data.forget()  # what changed was found, and is not to be refused once more
     chosen = sorted(np.random.default_rng().permutation(rows)[:sample].tolist())
     found.rows = len(chosen)
     found.differing += works.differs(group, chosen)
@@ -124,8 +131,11 @@ def _verify_rows(works: Works, sample: int, found: Verification) -> None:
 
 def refresh(works: Works, tests: Sequence[str]) -> dict[str, list[int]]:
     """Discard what is cached of samples that changed; see :meth:`Pipeline.refresh`."""
-    found = {}
-    for data, changed in _changed(works, tests).items():
+    found, changes = {}, _changed(works, tests)
+    if any(changes.values()):
+        works.context.train.forget()
+        works.check_code(without=changes[works.context.train])
+    for data, changed in changes.items():
         for group in _groups_of(works, data):
             for block, _, _ in _touched(group, changed):
                 group.discard(block)

@@ -121,7 +121,8 @@ class Context:
 
     # ---- identities: what changes an array, and nothing else ------------------------------------------------------
 
-    def _basis(self) -> dict[str, Any]:
+    def basis(self) -> dict[str, Any]:
+        """Return what everything depends on that is computed of the model and the training set."""
         return {
             "format": FORMAT,
             "weights": self.weights,
@@ -133,17 +134,17 @@ class Context:
 
     def grad_z_identity(self) -> dict[str, Any]:
         """Return what the training gradients depend on."""
-        return {**self._basis(), "encoding": self.settings.grad_z.encoding}
+        return {**self.basis(), "encoding": self.settings.grad_z.encoding}
 
     def curvature_identity(self) -> dict[str, Any] | None:
         """Return what the solver's preparation depends on, None where it prepares nothing."""
         prepares = self.settings.s_test.preparation()
-        return None if prepares is None else {**self._basis(), "l2": plain(self.experiment.task.l2), **prepares}
+        return None if prepares is None else {**self.basis(), "l2": plain(self.experiment.task.l2), **prepares}
 
     def s_test_identity(self, tests: str) -> dict[str, Any]:
         """Return what the solutions for a test set depend on."""
         return {
-            **self._basis(),
+            **self.basis(),
             "l2": plain(self.experiment.task.l2),
             "measurement": self.experiment.task.measurement_identity(),
             "s_test": self.settings.s_test.model_dump(mode="json"),

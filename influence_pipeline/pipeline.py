@@ -202,6 +202,7 @@ class Pipeline:
 
         Raises:
             RequestError: there is no test set, or none of that name.
+            WorkError: something was removed meanwhile.
         """
         names = self._named(tests)
         if self.settings.grad_z.store:
@@ -209,7 +210,12 @@ class Pipeline:
         found = {}
         for name in names:
             self.s_test(name)
-            found[name] = self.influence(name)
+            try:
+                found[name] = self.influence(name)
+            except MissingStage as missing:
+                raise WorkError(
+                    f"something that this run computed was removed meanwhile: run again ({missing})"
+                ) from None
         return found
 
     def plan(self, *tests: str) -> Plan:
@@ -351,7 +357,7 @@ class Pipeline:
                 raise CacheMismatch(
                     f"{group.path} holds {group.array(DIGESTS).shape[0]} samples of {work.data.name!r}, which has "
                     f"{len(work.data)} now. Is it another set? Choose another name {_other_name(place)}, "
-                    "or another cache"
+                    f"or another cache; `rm {place.name}` removes what is there"
                 )
             self.cache.remove(group.path, unless=lambda group: group.fits(work.layout))
             group = None

@@ -55,7 +55,8 @@ def refuse(place: Place, work: Work, group: Group, context: Context, missing: li
     how = "measured on the blocks that are there" if measured else "before compression"
     raise RequestError(
         f"{work.label} needs {show_bytes(needed)} more ({how}), and the disk of {group.path} has "
-        f"{show_bytes(max(0, free))} free. {_what_fits(place, context, needed, max(0, free))}"
+        f"{show_bytes(max(0, free))} free, beside {show_bytes(SPARE)} that are left alone. "
+        f"{_what_fits(place, context, needed, max(0, free))}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from influence_pipeline.samples import DataSet, changed_samples
 from stages.grad_z import ComputedRows, GradZ, PerSample
 from stages.influence import Influence
 from stages.s_test import STest
-from stages.s_test.prepare import Prepare
+from stages.s_test.prepare import Prepare, probes
 from stages.stage import Array, ArrayLike, Block, Grid, StageError
 
 log = logging.getLogger(__name__)
@@ -137,25 +137,68 @@ class Works:
             raise CacheMismatch(changed_samples(data.name, sorted(changed)))
         self._compared.add(id(data))
 
-    def check_code(self) -> None:
-        """Compute one cached gradient again, since the code of a task is not part of its identity.
+    def check_code(self, without: Container[int] = ()) -> None:
+        """Compute something that is cached again, since the code of a task is not part of its identity.
+
+        A gradient and its loss where there is one; otherwise losses that a solver prepared with, and measurements.
+
+        Args:
+            without: training samples that are not to be looked at.
 
         Raises:
             CacheMismatch: it is not the one that is cached.
         """
         group = self.find(self.grad_z_place())
-        rows = [] if group is None else committed(group)
-        if group is None or not rows:
+        rows = [] if group is None else [row for row in committed(group) if row not in without]
+        if group is not None and rows:
+            norm = group.array("norm")
+            among = [rows[position] for position in sentinels(len(rows))]
+            row = max(among, key=lambda i: float(norm[i]))
+            self._refuse_code(group, "gradients", self.differs(group, [row]))
             return
-        norm = group.array("norm")
-        among = [rows[position] for position in sentinels(len(rows))]
-        row = max(among, key=lambda i: float(norm[i]))
-        differs = self.differs(group, [row])
+        basis = self.context.basis()
+        for stage in ("curvature", "s_test"):
+            for other in self.cache.groups(stage):
+                identity = other.attributes["identity"]
+                if any(identity.get(name) != value for name, value in basis.items()):
+                    continue
+                if stage == "curvature":
+                    self._refuse_code(other, "losses", self._losses_differ(other, without))
+                elif other.attributes["tests"] in self.context.experiment.test_names and (
+                    identity["measurement"] == self.context.experiment.task.measurement_identity()
+                ):
+                    tests = other.attributes["tests"]
+                    self.expect_tests(tests)
+                    found = self.measurements_differ(other, tests, committed(other)[:1])
+                    self._refuse_code(other, "solutions", found)
+
+    def _refuse_code(self, group: Group, what: str, differs: list[str]) -> None:
+        """Refuse code that gives something else than what is cached.
+
+        Raises:
+            CacheMismatch: it does.
+        """
         if differs:
             raise CacheMismatch(
-                f"the code of the task, or of the model, is not the one that the cached gradients are of: {differs[0]} "
+                f"the code of the task, or of the model, is not the one that the cached {what} are of: {differs[0]} "
                 f"({group.path}). Undo the change, or raise `version` of the task"
             )
+
+    def _losses_differ(self, group: Group, without: Container[int]) -> list[str]:
+        """Compute losses again that a solver prepared with; return what is to be said of those that are others."""
+        if not all(group.record(block) for block in group.layout.grid) or not group.finished:
+            return []
+        kept, count = group.array("probe_loss")[:], int(group.array(DIGESTS).shape[0])
+        ids = [i for i in probes(count) if i < len(self.context.train)]
+        function, found = self.context.function, []
+        with self.context.evaluating(), torch.no_grad():
+            for row, cached in zip(ids, kept.tolist(), strict=False):
+                if row in without:
+                    continue
+                now = float(function.losses(function.params, self.context.train.batch([row]))[0])
+                if abs(now - cached) > SAME * max(abs(now), abs(cached), 1e-3):
+                    found.append(f"training sample {row} has a loss of {now:.5g}, cached {cached:.5g}")
+        return found
 
     def check_measurement(self, tests: str) -> None:
         """Compute one cached measurement again, for the same reason.
@@ -164,13 +207,8 @@ class Works:
             CacheMismatch: it is not the one that is cached.
         """
         group = self.find(self.s_test_place(tests))
-        rows = [] if group is None else committed(group)
-        differs = [] if group is None else self.measurements_differ(group, tests, rows[:1])
-        if group is not None and differs:
-            raise CacheMismatch(
-                f"the code of the task, or of the model, is not the one that the cached solutions are of: {differs[0]} "
-                f"({group.path}). Undo the change, or raise `version` of the task"
-            )
+        if group is not None:
+            self._refuse_code(group, "solutions", self.measurements_differ(group, tests, committed(group)[:1]))
 
     def differs(self, group: Group, rows: Iterable[int]) -> list[str]:
         """Compute cached gradients again; return what is to be said of those that are others."""
@@ -467,9 +505,9 @@ def _covering(grid: Grid, part: slice) -> Sequence[Block]:
 
 
 def committed(group: Group) -> list[int]:
-    """Return the entries along a group's only axis of all blocks that are there."""
+    """Return the entries along a group's only axis that were computed and can be read."""
     axis = group.layout.grid.axes[0].name
-    return [i for block in group.layout.grid if group.valid(block) for i in block.ids(axis)]
+    return [i for block in group.layout.grid for i in block.ids(axis)[: group.rows_there(block)]]
 
 
 def expect_digests(group: Group | None, data: DataSet) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import re
 import shutil
 import uuid
@@ -178,6 +179,12 @@ class Group:
             and inputs in (None, record.inputs)
             and self._has(self.layout.block_files(block), record.files)
         )
+
+    def rows_there(self, block: Block) -> int:
+        """Return how many entries of a block can be read: fewer than it covers where the axis got longer since."""
+        record = self.record(block)
+        whole = record is not None and self._has(self.layout.block_files(block), record.files)
+        return record.rows if record is not None and whole else 0
 
     def _has(self, names: Sequence[str], files: Sequence[FileSum]) -> bool:
         return [_length(self.path / name) for name in names] == [file.length for file in files]
@@ -484,16 +491,29 @@ class Group:
     # ---- layout --------------------------------------------------------------------------------------------------
 
     def fits(self, layout: Layout) -> bool:
-        """Say whether the group can hold a layout: all that differs is that axes of the grid are longer."""
+        """Say whether the group can hold a layout: axes of the grid may be longer, or shorter by what is not there."""
         found = {spec.name: spec.shape for spec in self.layout.all}
         if found.keys() != {spec.name for spec in layout.all}:
             return False
+        shorter = {}
         for spec in layout.all:
             for dim, wanted, there in zip(spec.dims, spec.shape, found[spec.name], strict=True):
-                grows = dim == "block" or layout.grid.axis(dim.removesuffix("_block")) is not None
-                if wanted < there or (wanted > there and not grows):
+                axis = layout.grid.axes[0] if dim == "block" else layout.grid.axis(dim.removesuffix("_block"))
+                if wanted != there and axis is None:
                     return False
-        return True
+                if wanted < there and axis is not None:
+                    shorter[axis.name] = axis.length
+        return not shorter or all(length >= self._held(axis) for axis, length in shorter.items())
+
+    def _held(self, axis: str) -> int:
+        """Return how many entries along an axis have been computed: a run that failed may have made room for more."""
+        there = 0
+        for block in self.layout.grid:
+            record = self.record(block)
+            if record is not None:
+                others = math.prod(b.stop - b.start for name, b in block.bounds.items() if name != axis)
+                there = max(there, block.bounds[axis].start + record.rows // others)
+        return there
 
     def resize(self, layout: Layout) -> None:
         """Make the arrays as long as a layout that fits wants them; only alone.

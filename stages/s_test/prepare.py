@@ -26,7 +26,9 @@ class Prepare(Stage):
     def __init__(self, solver: Solver, curvature: Curvature, band: int) -> None:
         """Lay out what ``solver`` prepares; a dense matrix in bands of ``band`` rows."""
         self.solver, self.curvature = solver, curvature
-        numbers = tuple(ArraySpec(name, (), (), "float64", about=SUMMARY[name]) for name in solver.summary_names())
+        count = len(probes(len(curvature.samples)))
+        numbers: tuple[ArraySpec, ...] = (ArraySpec("probe_loss", ("probe",), (count,), about="of some samples"),)
+        numbers += tuple(ArraySpec(name, (), (), "float64", about=SUMMARY[name]) for name in solver.summary_names())
         if solver.dense:
             dim = curvature.dim
             self.grid = Grid((Axis("coordinate", dim, band),))
@@ -44,7 +46,7 @@ class Prepare(Stage):
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Compute a band of the matrix by products with unit vectors, or the numbers."""
         if not self.solver.dense:
-            return self.solver.summary(self.curvature, {}, report)
+            return self._numbers({}, report)
         rows = block.ids("coordinate")
         units = torch.zeros(len(rows), self.curvature.dim).to(self.curvature.l2)
         units[torch.arange(len(rows)), torch.arange(rows.start, rows.stop)] = 1
@@ -54,4 +56,15 @@ class Prepare(Stage):
 
     def finish(self, arrays: Mapping[str, ArrayLike], report: Report = silent) -> dict[str, Array]:
         """Compute the numbers of a dense solver."""
-        return self.solver.summary(self.curvature, arrays, report) if self.solver.dense else {}
+        return self._numbers(arrays, report) if self.solver.dense else {}
+
+    def _numbers(self, arrays: Mapping[str, ArrayLike], report: Report) -> dict[str, Array]:
+        function, samples = self.curvature.function, self.curvature.samples
+        with torch.no_grad():
+            losses = function.losses(function.params, samples.batch(probes(len(samples))))
+        return {"probe_loss": losses.float().cpu().numpy(), **self.solver.summary(self.curvature, arrays, report)}
+
+
+def probes(count: int) -> list[int]:
+    """Return the samples whose losses are kept, to recognise the code that they were computed with: eight at most."""
+    return sorted({i * count // 8 for i in range(8)})

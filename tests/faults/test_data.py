@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 from typer.testing import CliRunner
 
 import influence_pipeline as ip
+from influence_pipeline import plan
 from influence_pipeline.cache import Group
 from influence_pipeline.cli import app
 from stages.influence import Influence
@@ -783,6 +784,101 @@ def test_a_task_whose_code_changed_is_refused_before_anything_is_added(
     assert before <= tiny.blocks(cache)
 
 
+def one_sample_more(cache: Path) -> dict[str, Any]:
+    """The only block of gradients is not full, so that growth computes all of it again."""
+    return {"train": tiny.points(61, 1)}
+
+
+def no_gradients(cache: Path) -> dict[str, Any]:
+    shutil.rmtree(next(cache.glob("grad_z/*/zarr.json")).parent)
+    return {}
+
+
+def damaged_gradients(cache: Path) -> dict[str, Any]:
+    for path in cache.glob("grad_z/*/gradients/c/*/0"):
+        path.write_bytes(path.read_bytes()[:50])
+    return {}
+
+
+@pytest.mark.parametrize("more", [one_sample_more, no_gradients, damaged_gradients], ids=lambda more: more.__name__)
+@pytest.mark.parametrize("keep", [False, True], ids=["anew", "kept"])
+def test_changed_code_is_refused_where_no_gradient_stays_to_compare_with(
+    cache: Path,
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    computed: Computed,
+    more: Callable[[Path], dict[str, Any]],
+    keep: bool,
+) -> None:
+    monkeypatch.setattr(plan, "MOST_ROWS", 64)
+    make(task=task(1.0)).run()
+    changes = more(cache)
+    computed.clear()
+    run = keeping if keep else make
+    with pytest.raises(ip.CacheMismatch, match="the code of the task, or of the model, is not the one"):
+        run(cache, task=task(1.5), **changes).run()
+    assert computed == []
+    run(cache, task=task(1.0), **changes).run()
+
+
+def test_changed_code_is_refused_before_changed_samples_are_computed_anew(
+    cache: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "MOST_ROWS", 64)
+    make(task=task(1.0), s_test=IDENTITY).run()
+    before = tiny.files(cache)
+    with pytest.raises(ip.CacheMismatch, match="the code of the task"):
+        make(task=task(1.5), s_test=IDENTITY, **changed("train", 5)).refresh()
+    assert tiny.files(cache) == before
+    assert make(task=task(1.0), s_test=IDENTITY, **changed("train", 5)).refresh() == {"train": [5]}
+
+
+class Unreadable(Dataset[Any]):
+    """A data set of which one sample cannot be read."""
+
+    def __init__(self, data: TensorDataset, position: int) -> None:
+        self.data, self.position = data, position
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, position: int) -> Any:
+        if position == self.position:
+            raise OSError("unreadable")
+        return self.data[position]
+
+
+def test_growth_that_failed_leaves_the_cache_to_the_smaller_set(done: Path, make: Make, computed: Computed) -> None:
+    before = tiny.files(done)
+    with pytest.raises(ip.WorkError, match="raised at sample 62"):
+        make(train=Unreadable(tiny.points(100, 1), 62)).grad_z()
+    computed.clear()
+    assert make().plan().complete
+    make().run()
+    assert computed == []
+    assert tiny.files(done) == before
+
+
+def test_a_cache_that_nothing_was_computed_for_is_of_no_size_yet(cache: Path, make: Make, finished: Path) -> None:
+    with pytest.raises(ip.WorkError, match="raised at sample 5"):
+        make(train=Unreadable(tiny.points(2500, 1), 5)).run()
+    make().run()
+    assert tiny.files(cache) == tiny.files(finished)
+
+
+def test_verifying_a_sample_of_gradients_reports_a_changed_sample_and_damage_together(done: Path, make: Make) -> None:
+    path = next(done.glob("influence/*/scores/c/0/0"))
+    path.write_bytes(path.read_bytes()[:10])
+    found = make(**changed("train", 0)).verify(sample=60)
+    assert found.changed == {"train": [0]}
+    assert found.rows == 59
+    assert len(found.damaged) == 1
+    again = make().verify()
+    assert again.damaged == []
+    assert again.absent == 1
+    assert "1 blocks are not there, the next run computes them" in str(again)
+
+
 def measuring(factor: float) -> ip.Task:
     """Return a task of always the same name, whose measurement alone is scaled."""
 
@@ -802,7 +898,7 @@ def test_a_task_that_measures_something_else_is_refused_before_tests_are_added(
     make(task=tasks(1.0), **sections).run()
     computed.clear()
     grown = {"tests": {"holdout": tiny.points(13, 2)}}
-    with pytest.raises(ip.CacheMismatch, match=r"test sample \d+ has a measurement of [\d.]+, cached [\d.]+"):
+    with pytest.raises(ip.CacheMismatch, match=r"has a (measurement|loss) of [\d.]+, cached [\d.]+"):
         make(task=tasks(1.5), **grown, **sections).run()
     assert computed == []
     make(task=tasks(1.0), **grown, **sections).run()

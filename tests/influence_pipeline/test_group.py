@@ -22,7 +22,7 @@ Make = Callable[..., ip.Pipeline]
 
 ARRAYS = {
     "grad_z": ("gradients", "scale", "norm", "loss", "label", "digests", "blocks"),
-    "curvature": ("gradient_norm", "mean_eigenvalue", "blocks"),
+    "curvature": ("gradient_norm", "mean_eigenvalue", "probe_loss", "blocks"),
     "s_test": ("vectors", "residual", "iterations", "measurement", "label", "damping", "digests", "blocks"),
     "influence": (
         "scores", "part_helpful_ids", "part_helpful_scores", "part_harmful_ids", "part_harmful_scores", "part_sum",
@@ -307,7 +307,7 @@ def test_a_block_that_could_not_be_written_again_does_not_exist(
     array = group.zarr_array
 
     class Full:
-        dtype, shape = array(fails_at).dtype, array(fails_at).shape
+        dtype, shape, shards = array(fails_at).dtype, array(fails_at).shape, None
 
         def __setitem__(self, index: Any, value: Any) -> None:
             if np.any(value):
@@ -367,6 +367,8 @@ def test_a_last_block_that_is_not_full_is_written_again_over_a_damaged_one(
 
 def test_another_shape_does_not_fit(group: Group) -> None:
     assert group.fits(layout(10))
+    assert group.fits(layout(9)), "nothing was computed yet"
+    fill(group, layout(10))
     assert not group.fits(layout(9))
     wider = layout(10)
     wider.arrays = wider.stored = (ArraySpec("vectors", ("sample", "coordinate"), (10, 6)),)
