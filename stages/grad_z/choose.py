@@ -145,13 +145,13 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     with naming(f"in the gradients of a batch of {shapes(batch)}"):
         expected_BD, _ = loop.gradients(function, values, batch)
     other = _whole(function, values, batch, expected_BD)
+    how = "by vmap" if other is vmap.gradients else "one sample at a time"
     names = _followed(function, values, batch, expected_BD)
-    rest = [name for name in function.params if name not in names]
+    rest = ", ".join(name for name in function.params if name not in names)
     if sum(function.params[name].numel() for name in names) < MOST * function.size:
-        log.info("gradients without layer hooks, which do not follow %s", ", ".join(rest))
+        log.info("gradients %s: layer hooks do not follow %s", how, rest)
         return other
-    how = "vmap" if other is vmap.gradients else "the loop"
-    log.info("gradients by layer hooks%s", f"; by {how} for {', '.join(rest)}" if rest else "")
+    log.info("gradients by layer hooks%s", rest and f"; {how} for {rest}")
     return hooks.Hooks(names, other)
 
 
