@@ -74,9 +74,10 @@ def test_each_technique_gives_the_gradients_of_plain_autograd(case: Case, techni
 def test_hooks_are_chosen_wherever_they_are_right(case: Case) -> None:
     function = case.function
     technique = choose(function, function.losses, everything(case))
-    assert isinstance(technique, hooks.Hooks)
-    assert technique.names == set(function.params) - {"ghost"}
-    assert technique.other is vmap.gradients
+    if "ghost" in function.params:  # belongs to no layer, and a second pass for it does not pay
+        assert technique is vmap.gradients
+    else:
+        assert technique == hooks.Hooks(frozenset(function.params), vmap.gradients)
 
 
 @pytest.fixture

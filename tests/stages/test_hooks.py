@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,15 @@ from tests.oracles import CPU, ClassTask, Data, SquaredTask, WeightedTask
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 COUNT, CLASSES = 6, 3
+
+
+CHOOSE = importlib.import_module("stages.grad_z.choose")
+
+
+@pytest.fixture
+def second_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have hooks used on small models too where some parameters need a second pass."""
+    monkeypatch.setattr(CHOOSE, "SECOND_PASS", 0)
 
 
 class Problem:
@@ -292,7 +302,7 @@ def rest_of(function: ModelFunction, problem: Problem) -> set[str]:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_hooks_are_chosen_and_give_what_the_loop_gives(name: str) -> None:
+def test_hooks_are_chosen_and_give_what_the_loop_gives(name: str, second_pass: None) -> None:
     function, problem = make(name)
     with evaluating(problem.model):
         technique = choose(function, function.losses, problem.batch(COUNT, torch.float64))
@@ -309,7 +319,7 @@ def test_hooks_are_chosen_and_give_what_the_loop_gives(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "lstm"])
-def test_hooks_are_vmap_to_rounding_in_single_precision(name: str) -> None:
+def test_hooks_are_vmap_to_rounding_in_single_precision(name: str, second_pass: None) -> None:
     function, problem = make(name, torch.float32)
     batch = problem.batch(COUNT, torch.float32)
     with evaluating(problem.model):
@@ -375,11 +385,17 @@ def test_users_hooks_see_and_change_what_they_did_without_ours() -> None:
 # ---- what falls back -----------------------------------------------------------------------------------------------
 
 
-def test_what_falls_back_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_falls_back_is_said(second_pass: None, caplog: pytest.LogCaptureFixture) -> None:
     function, problem = make("transformer-block-positions")
     with caplog.at_level(logging.INFO, "stages"), evaluating(problem.model):
         choose(function, function.losses, problem.batch(COUNT, torch.float64))
     assert "gradients by layer hooks; by vmap for positions" in caplog.text
+
+
+def test_a_second_pass_is_not_worth_it_on_a_small_model_that_vmap_can_do() -> None:
+    function, problem = make("transformer-block-positions")
+    with evaluating(problem.model):
+        assert choose(function, function.losses, problem.batch(COUNT, torch.float64)) is vmap.gradients
 
 
 @pytest.mark.parametrize(
@@ -459,7 +475,7 @@ def test_a_batch_that_a_layer_sees_in_part_is_done_otherwise(caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("name", ["residual-in-place", "encoder-layer", "shared-module"])
-def test_no_hooks_are_left_and_nothing_is_changed(name: str) -> None:
+def test_no_hooks_are_left_and_nothing_is_changed(name: str, second_pass: None) -> None:
     function, problem = make(name)
     model = problem.model
     before = {key: value.clone() for key, value in model.state_dict().items()}
