@@ -5,9 +5,11 @@ Shapes: ``D`` coordinates (all selected parameters, one after the other), ``B`` 
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -140,6 +142,24 @@ class ModelFunction:
     def measurements(self, params: Parameters, batch: Batch) -> Tensor:
         """Return the measurement of each sample, (B,)."""
         return self._each(self.task.measurements(self.outputs(params, batch), batch), "measurements")
+
+    @property
+    def model(self) -> nn.Module:
+        """The caller's model."""
+        return self._module.model
+
+    def columns(self) -> dict[str, slice]:
+        """Return the coordinates of each parameter."""
+        ends = itertools.accumulate(p.numel() for p in self.params.values())
+        return {n: slice(end - p.numel(), end) for end, (n, p) in zip(ends, self.params.items(), strict=True)}
+
+    def part(self, names: Collection[str]) -> ModelFunction:
+        """Return the function of some of the selected parameters; the others stay constant."""
+        part = copy.copy(self)
+        part.params = {name: p for name, p in self.params.items() if name in names}
+        part.size = sum(p.numel() for p in part.params.values())
+        part._constant = {**self._constant, **{n: p for n, p in self.params.items() if n not in names}}
+        return part
 
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
         """Concatenate one tensor for each parameter; leading dimensions before the parameters' own stay."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages.grad_z import ComputedRows, GradZ, PerSample, loop, vmap
+from stages.grad_z import ComputedRows, GradZ, PerSample, hooks, loop, vmap
 from stages.grad_z.choose import choose
 from stages.parameters import ModelFunction, evaluating, select
 from stages.stage import Block, StageError
@@ -44,10 +44,22 @@ def perceptron(*between: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), *between, nn.Linear(6, 3)).double().eval()
 
 
+def by_hooks(function: ModelFunction, values: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    names = frozenset(name for owner in hooks.owners(function) for name in owner.names.values())
+    return hooks.Hooks(names, loop.gradients)(function, values, batch)
+
+
+TECHNIQUES = [
+    pytest.param(vmap.gradients, id="vmap"),
+    pytest.param(loop.gradients, id="loop"),
+    pytest.param(by_hooks, id="hooks"),
+]
+
+
 # ---- right answers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("technique", [vmap.gradients, loop.gradients], ids=["vmap", "loop"])
+@pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("case", CASES)
 def test_each_technique_gives_the_gradients_of_plain_autograd(case: Case, technique: Any) -> None:
     function = case.function
@@ -59,7 +71,23 @@ def test_each_technique_gives_the_gradients_of_plain_autograd(case: Case, techni
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_vmap_is_chosen_wherever_it_is_right(case: Case) -> None:
+def test_hooks_are_chosen_wherever_they_are_right(case: Case) -> None:
+    function = case.function
+    technique = choose(function, function.losses, everything(case))
+    if "ghost" in function.params:  # belongs to no layer, and a second pass for it does not pay
+        assert technique is vmap.gradients
+    else:
+        assert technique == hooks.Hooks(frozenset(function.params), vmap.gradients)
+
+
+@pytest.fixture
+def no_known_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have hooks follow no layer at all."""
+    monkeypatch.setattr(hooks, "owners", lambda function: [])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_vmap_is_chosen_where_hooks_follow_no_layer(case: Case, no_known_layers: None) -> None:
     function = case.function
     assert choose(function, function.losses, everything(case)) is vmap.gradients
 
@@ -232,7 +260,7 @@ class Counting(nn.Module):
         return self.linear(x) * self.calls
 
 
-@pytest.mark.parametrize("technique", [vmap.gradients, loop.gradients], ids=["vmap", "loop"])
+@pytest.mark.parametrize("technique", TECHNIQUES)
 def test_buffers_parameters_and_their_gradients_are_untouched(technique: Any) -> None:
     model = Counting().double().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -391,9 +419,19 @@ class WithShape(WithItem):
         return self.linear(torch.stack([row * len(row[row > 0]) for row in x]))
 
 
+@pytest.mark.parametrize("kind", [WithItem, WithShape])
+def test_hooks_follow_whole_batches_where_vmap_cannot(kind: type[nn.Module]) -> None:
+    case = Case("", kind().double().eval(), ClassTask(), Data(labelled()))
+    function = case.function
+    assert choose(function, function.losses, everything(case)) == hooks.Hooks(
+        frozenset(function.params), loop.gradients
+    )
+    torch.testing.assert_close(all_rows(per_sample(case.model, case.data)), oracles.gradients(case), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("kind", [WithItem, WithBranch, WithShape])
 def test_a_model_that_vmap_cannot_follow_is_done_by_the_loop(
-    kind: type[nn.Module], caplog: pytest.LogCaptureFixture
+    kind: type[nn.Module], no_known_layers: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
     case = Case("", kind().double().eval(), ClassTask(), Data(labelled()))
@@ -404,7 +442,9 @@ def test_a_model_that_vmap_cannot_follow_is_done_by_the_loop(
     torch.testing.assert_close(all_rows(per_sample(case.model, case.data)), oracles.gradients(case), rtol=1e-12, atol=0)
 
 
-def test_a_vmap_that_is_silently_wrong_is_found_and_not_used(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_vmap_that_is_silently_wrong_is_found_and_not_used(
+    no_known_layers: None, caplog: pytest.LogCaptureFixture
+) -> None:
     class Scale(torch.autograd.Function):
         """Multiplies by the largest entry of the batch's first row; the rule for vmap forgets to."""
 
@@ -435,7 +475,11 @@ def test_a_vmap_that_is_silently_wrong_is_found_and_not_used(caplog: pytest.LogC
     torch.testing.assert_close(all_rows(per_sample(case.model, case.data)), oracles.gradients(case), rtol=1e-12, atol=0)
 
 
-def test_a_batch_with_texts_is_done_by_the_loop() -> None:
+@pytest.mark.parametrize("followed", [True, False], ids=["hooks", "loop"])
+def test_a_batch_with_texts_is_not_done_by_vmap(followed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not followed:
+        monkeypatch.setattr(hooks, "owners", lambda function: [])
+
     class Texts(SquaredTask):
         def outputs(self, model: nn.Module, batch: Any) -> Tensor:
             return model(batch["x"] * torch.tensor([[len(text)] for text in batch["texts"]]))
@@ -451,8 +495,9 @@ def test_a_batch_with_texts_is_done_by_the_loop() -> None:
     model = nn.Linear(4, 3).double()
     weighted = Data((x * torch.arange(1, 13).unsqueeze(1), torch.zeros(12, 3, dtype=torch.float64)))
     expected = all_rows(per_sample(model, weighted, SquaredTask()))
-    found = all_rows(per_sample(model, Listed((x, labels)), Texts()))
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    per = per_sample(model, Listed((x, labels)), Texts())
+    torch.testing.assert_close(all_rows(per), expected, rtol=1e-12, atol=0)
+    assert isinstance(per._technique, hooks.Hooks) if followed else per._technique is loop.gradients
 
 
 def test_a_sample_that_uses_no_selected_parameter_has_a_zero_row() -> None:

@@ -1,0 +1,174 @@
+"""Per-sample gradients of the parameters of single layers, from a layer's inputs and the gradients of its outputs.
+
+Where a weight meets every sample by itself, its gradient for sample b is a product of that sample's inputs and
+output gradients alone (Goodfellow, 2015, "Efficient per-example gradient computations"); a convolution is the same
+over the patches that its kernel sees (Rochette et al., 2019, "Efficient per-example gradient computations in
+convolutional neural networks").
+
+Shapes: ``B`` samples, ``P`` positions of one sample, ``I`` entries that go into a layer at a position (for a
+convolution, the patch of one group), ``O`` that come out, ``C`` channels, ``G`` groups, ``V`` entries of an embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+PATCH_BYTES = 2 * 2**20
+"""Patches of a convolution that are laid out at once: few enough for the cache, measured best at 1 to 4 MiB."""
+
+Write = Callable[[Any, str, Tensor, Tensor, Tensor], None]
+"""``(module, parameter's name in it, inputs, output gradients, out)`` fills ``out`` (B, *the parameter's shape)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How the parameters of one kind of module get their per-sample gradients.
+
+    Attributes:
+        write: fills one parameter's gradients.
+        sample_dims: dimensions of one sample's inputs, at least.
+        usable: says whether a module's options are among those that ``write`` knows.
+    """
+
+    write: Write
+    sample_dims: Callable[[Any], int]
+    usable: Callable[[Any], bool] = lambda module: True
+
+    def takes(self, module: nn.Module, inputs: object, count: int) -> bool:
+        """Say whether the inputs of one call are ``count`` samples, with the batch first."""
+        if not isinstance(inputs, Tensor) or inputs.ndim <= self.sample_dims(module):
+            return False
+        return inputs.shape[0] == count
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """Return how a module's parameters are done, None where they are not known by their layer.
+
+    A class of its own is known where it takes the forward pass of a known one as it is.
+    """
+    forward = getattr(module.forward, "__func__", None)
+    for kind, layer in LAYERS.items():
+        if isinstance(module, kind) and forward is kind.forward:
+            return layer if layer.usable(module) else None
+    return None
+
+
+def write_linear(module: nn.Linear, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
+    """Fill a gradient of y = x Wᵀ + b, summed over all positions that share the weight."""
+    grads_BPO = grads.reshape(len(grads), -1, grads.shape[-1])
+    if name == "bias":
+        torch.sum(grads_BPO, dim=1, out=out)
+    else:
+        inputs_BPI = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+        torch.bmm(grads_BPO.transpose(1, 2), inputs_BPI, out=out)
+
+
+def write_convolution(module: Any, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
+    """Fill a gradient of a convolution: that of a linear layer over the patches under its kernel, group by group.
+
+    Measured for 64 samples of 16 channels to 32 on 12 × 12: patches copied from a view 1.9 ms; by ``unfold`` 3.7;
+    a product for each position of the kernel 2.7; a convolution for each sample 3.9; one with a group for each 4.1.
+    """
+    grads_BCP = grads.flatten(2)
+    if name == "bias":
+        torch.sum(grads_BCP, dim=2, out=out)
+        return
+    count, groups, positions = len(grads), module.groups, grads_BCP.shape[2]
+    out_BGOI = out.view(count, groups, module.out_channels // groups, -1)
+    patch = inputs.shape[1] * math.prod(module.kernel_size) * positions * inputs.element_size()
+    together = max(1, PATCH_BYTES // max(1, patch))
+    for start in range(0, count, together):
+        part = slice(start, start + together)
+        # A group is to bmm what a sample is; the copy that lays the patches out is the only large one.
+        patches_GIP = patches(module, inputs[part]).reshape(-1, out_BGOI.shape[3], positions)
+        grads_GPO = grads_BCP[part].reshape(-1, out_BGOI.shape[2], positions).transpose(1, 2)
+        products_GIO = torch.bmm(patches_GIP, grads_GPO)
+        out_BGOI[part] = products_GIO.view(-1, groups, *products_GIO.shape[1:]).transpose(2, 3)
+
+
+def patches(module: Any, inputs: Tensor) -> Tensor:
+    """Return what a convolution's kernel sees, (B, C, *kernel, *positions), as a view of the padded inputs."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padding = padded_by(module)
+    view = functional.pad(inputs, padding, mode) if any(padding) else inputs
+    dims = len(module.kernel_size)
+    for dim, (size, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
+    ):
+        view = view.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return view.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+
+
+def padded_by(module: Any) -> list[int]:
+    """Return what a convolution adds before and after each dimension, the last dimension first."""
+    if module.padding == "valid":
+        return [0, 0] * len(module.kernel_size)
+    if module.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    return [side for width in reversed(module.padding) for side in (width, width)]
+
+
+def write_embedding(module: nn.Embedding, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
+    """Fill the gradient of a table of which each position took one row, but not that of the padding's row."""
+    index_BP = inputs.reshape(len(inputs), -1)
+    grads_BPO = grads.reshape(*index_BP.shape, -1)
+    if module.padding_idx is not None:
+        grads_BPO = grads_BPO.masked_fill((index_BP == module.padding_idx).unsqueeze(2), 0)
+    out.zero_().scatter_add_(1, index_BP.unsqueeze(2).expand_as(grads_BPO), grads_BPO)
+
+
+def write_layer_norm(module: Any, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
+    """Fill a gradient of y = w · x̂ + b, where every position has all of the weight."""
+    if name == "weight":
+        grads = grads * functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+    torch.sum(grads.reshape(len(grads), -1, *module.normalized_shape), dim=1, out=out)
+
+
+def write_group_norm(module: nn.GroupNorm, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
+    """Fill a gradient of y = w · x̂ + b, where every channel has one weight."""
+    if name == "weight":
+        grads = grads * functional.group_norm(inputs, module.num_groups, eps=module.eps)
+    torch.sum(grads.reshape(*grads.shape[:2], -1), dim=2, out=out)
+
+
+def write_batch_norm(module: Any, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
+    """Fill a gradient of y = w · x̂ + b, where x̂ comes of the running statistics."""
+    if name == "weight":
+        mean, variance = (stat.to(inputs) for stat in (module.running_mean, module.running_var))
+        grads = grads * functional.batch_norm(inputs, mean, variance, eps=module.eps)
+    torch.sum(grads.reshape(*grads.shape[:2], -1), dim=2, out=out)
+
+
+def has_plain_rows(module: nn.Embedding) -> bool:
+    """Say whether a table's gradient is dense, its rows' own, and taken without changing the table."""
+    return not (module.sparse or module.scale_grad_by_freq or module.max_norm is not None)
+
+
+def has_running_statistics(module: Any) -> bool:
+    """Say whether a normalisation is the same function for every batch."""
+    return module.running_mean is not None and not module.training
+
+
+_convolution = Layer(write_convolution, lambda module: 1 + len(module.kernel_size))
+_batch_norm = Layer(write_batch_norm, lambda module: 1, has_running_statistics)
+LAYERS: dict[type[nn.Module], Layer] = {
+    nn.Linear: Layer(write_linear, lambda module: 1),
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.Embedding: Layer(write_embedding, lambda module: 0, has_plain_rows),
+    nn.LayerNorm: Layer(write_layer_norm, lambda module: len(module.normalized_shape)),
+    nn.GroupNorm: Layer(write_group_norm, lambda module: 1),
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.BatchNorm3d: _batch_norm,
+}
+"""The kinds of modules whose parameters are known by their layer."""
