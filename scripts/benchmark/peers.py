@@ -133,7 +133,7 @@ def of_captum(samples: int, folder: Path) -> Iterator[None]:
     """Find the projections of an approximate inverse once, then compute influence."""
     import torch
     import workload
-    from captum.influence import ArnoldiInfluenceFunction
+    from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
     from torch import nn
 
     model = workload.trained_cnn()
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=SYSTEMS, help="systems")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw time against test and training samples")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="training samples of the second plot")
-    parser.add_argument("--limit", type=float, default=150.0, help="seconds for one system and size")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for one system and size")
     parser.add_argument("--child", nargs=3, metavar=("SYSTEM", "SAMPLES", "SETS"), help=argparse.SUPPRESS)
     parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

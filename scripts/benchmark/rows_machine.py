@@ -40,7 +40,7 @@ def small_blocks(name: str, rows: int) -> Iterator[None]:
 
 def both_stages(bench: Bench, workers: int) -> Side:
     """Return what computes gradients and solutions anew."""
-    solver = {"solver": "cg", "damping": 50.0, "sample": 32}
+    solver = {"solver": "cg", "damping": 50.0, "sample": bench.size(32, 4)}
     settings = workload.settings(s_test=solver, runtime={"workers": workers})
     experiment = workload.experiment(bench.size(8192, 1280), {"holdout": 8 * bench.size(8, 2)})
     pipeline = None

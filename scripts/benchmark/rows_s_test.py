@@ -65,7 +65,7 @@ def steps(bench: Bench, kind: str, minibatch: int, count: int) -> list[float]:
 
 def row(bench: Bench, minibatch: int, bar: float) -> Row:
     """Compare steps over a minibatch with the default curvature; in the note is the other kind, measured once."""
-    count = bench.size(64, 4)
+    count = bench.size(64, 2)
     ours, theirs = steps(bench, "ggn", minibatch, count)
     hessian = steps(replace(bench, repeats=1), "hessian", minibatch, count)
     return Row(
