@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import torch
 
 from stages.influence.ranking import bottom_k, top_k
 from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Stage, StageError, silent
@@ -122,6 +121,8 @@ class Influence(Stage):
     def _scores(self, block: Block, report: Report) -> Array:
         """Return S Gᵀ / N over one block, (tests, samples), float32."""
         tests, samples = block.bounds["test"], block.bounds["sample"]
+        import torch
+
         total = torch.zeros(tests.stop - tests.start, samples.stop - samples.start)
         vectors_TD, known = torch.empty(0), None
         reads = list(self._reads(samples))
