@@ -11,7 +11,6 @@ import numpy as np
 
 from influence_pipeline.cache import Cache, Group
 from influence_pipeline.errors import MissingStage, RequestError, WorkError
-from influence_pipeline.samples import check_dataset
 from stages.influence.ranking import bottom_k, top_k
 from stages.stage import Array
 
@@ -167,6 +166,8 @@ class Influences:
             RequestError: k is more than there are, or ``train`` has another length.
         """
         from torch.utils.data import Subset
+
+        from influence_pipeline.samples import check_dataset
 
         self._check_k(k)
         count = check_dataset(train, "train")

@@ -175,7 +175,8 @@ class DataSet:
 
     def digests(self, ids: Sequence[int]) -> Array:
         """Return the digests of some samples, (n, 16) uint8; those neither read nor expected are fetched."""
-        rows = np.asarray(ids, dtype=np.int64)
+        # A range of a million ids is an array at once this way, and a loop otherwise.
+        rows = np.arange(ids.start, ids.stop, ids.step) if isinstance(ids, range) else np.asarray(ids, dtype=np.int64)
         for position in rows[~self._known[rows]].tolist():
             self.sample(position)
         found: Array = self._digests[rows]
@@ -198,6 +199,11 @@ class DataSet:
         """The positions of samples whose digest is known."""
         found: list[int] = np.flatnonzero(self._known).tolist()
         return found
+
+    @property
+    def all_expected(self) -> bool:
+        """Whether the digest of every sample is known."""
+        return bool(self._known.all())
 
     def forget(self) -> None:
         """Expect nothing of any sample."""

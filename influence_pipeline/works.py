@@ -103,7 +103,7 @@ class Works:
         """Have the training set refuse samples other than those of which something is cached."""
         train = self.context.train
         for place in (self.grad_z_place(), self.curvature_place()):
-            if place is not None and len(train.expected) < len(train):
+            if place is not None and not train.all_expected:
                 expect_digests(self.find(place), train)
 
     def expect_tests(self, tests: str) -> None:
@@ -114,7 +114,7 @@ class Works:
         """
         data = self.context.test(tests)
         for group in (self.find(self.s_test_place(tests)), *self.cache.groups("s_test")):
-            if group is None or group.attributes["tests"] != tests or len(data.expected) == len(data):
+            if group is None or group.attributes["tests"] != tests or data.all_expected:
                 continue
             try:
                 expect_digests(group, data)
@@ -519,9 +519,19 @@ def expect_digests(group: Group | None, data: DataSet) -> None:
         parts = [slice(0, stored.shape[0])] if group.finished else []
     else:
         axis = group.layout.grid.axes[0].name
-        parts = [block.bounds[axis] for block in group.layout.grid if group.valid(block)]
+        parts = _joined(block.bounds[axis] for block in group.layout.grid if group.valid(block))
     for part in parts:
         data.expect(stored[part], part.start)
+
+
+def _joined(parts: Iterable[slice]) -> list[slice]:
+    """Join slices that follow one another: one read of many blocks takes a fraction of many reads."""
+    found: list[slice] = []
+    for part in parts:
+        if found and found[-1].stop == part.start:
+            part = slice(found.pop().start, part.stop)
+        found.append(part)
+    return found
 
 
 def _check_fixed(data: DataSet) -> None:

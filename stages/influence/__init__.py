@@ -9,11 +9,9 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import torch
 
 from stages.influence.ranking import bottom_k, top_k
 from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Stage, StageError, silent
-from stages.threads import in_threads
 
 
 class Influence(Stage):
@@ -127,6 +125,10 @@ class Influence(Stage):
     def _scores(self, block: Block, report: Report) -> Array:
         """Return S Gᵀ / N over one block, (tests, samples), float32."""
         tests, samples = block.bounds["test"], block.bounds["sample"]
+        import torch
+
+        from stages.threads import in_threads
+
         # G Sᵀ, not S Gᵀ: the long side first is the faster product.
         total_nT = torch.zeros(samples.stop - samples.start, tests.stop - tests.start)
         vectors_DT, known = torch.empty(0), slice(0, 0)

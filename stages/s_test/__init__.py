@@ -1,7 +1,7 @@
 """``s_test``: inverse-Hessian-vector products S (T, D), row t = (H + λI)⁻¹ ∇M(z_t).
 
 Each solver is one file of this folder with one subclass of :class:`~stages.s_test.solver.Solver`; a new file is
-found by itself.
+found by itself. None imports PyTorch before it computes, so that settings are read at once.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from stages.curvature import Curvature
-from stages.grad_z import PerSample, labels
 from stages.s_test.solver import Prepared, Solve, Solver
 from stages.stage import Array, ArraySpec, Axis, Block, Grid, Report, Samples, Stage, silent
+
+if TYPE_CHECKING:
+    from stages.curvature import Curvature
 
 
 def solvers() -> dict[str, type[Solver]]:
@@ -49,6 +50,8 @@ class STest(Stage):
         Raises:
             StageError: the problem does not fit the solver or the memory.
         """
+        from stages.grad_z import PerSample
+
         function = curvature.function
         solver.check_size(function.size, memory_bytes)
         self.solver, self.curvature, self.prepared = solver, curvature, prepared
@@ -73,6 +76,10 @@ class STest(Stage):
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Solve for one band of test samples."""
+        import torch
+
+        from stages.grad_z import labels
+
         if self._solve is None:
             self._solve = self.solver.start(self.curvature, self.prepared)
         ids = block.ids("test")

@@ -8,12 +8,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from stages.curvature import Curvature, extreme_eigenvalues
 from stages.s_test.solver import (
     Count,
     CurvatureSolver,
@@ -28,6 +24,11 @@ from stages.s_test.solver import (
     relative_residual,
 )
 from stages.stage import Progress, Report, StageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.curvature import Curvature
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ class Cg(CurvatureSolver):
 
         The number of steps is at most ½√κ ln(2√κ / tolerance) for the condition number κ (Saad, 2003, 6.11.3).
         """
+        from stages.curvature import extreme_eigenvalues
+
         smallest, largest = extreme_eigenvalues(
             lambda v: curvature.product(v, ids), curvature.dim, curvature.l2, self.seed, steps=60
         )
@@ -128,6 +131,8 @@ def conjugate_gradients(
     Returns:
         The solutions (T, D), None where A was found not to be positive definite; and the products used, (T,).
     """
+    import torch
+
     goal = tolerance * norms(rhs_TD)
     vectors = torch.zeros_like(rhs_TD)
     iterations = torch.zeros(len(rhs_TD), dtype=torch.int64)

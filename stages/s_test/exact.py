@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from stages.curvature import Curvature
 from stages.s_test.solver import CurvatureSolver, NotPositiveDefinite, Prepared, Solution, Solve, relative_residual
 from stages.stage import Report, StageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.curvature import Curvature
 
 
 class Exact(CurvatureSolver):
@@ -53,6 +55,8 @@ class Exact(CurvatureSolver):
         Raises:
             NotPositiveDefinite: H + λI has no factor.
         """
+        import torch
+
         matrix = torch.from_numpy(np.asarray(prepared["matrix"][:], dtype=np.float64)).to(curvature.function.device)
         matrix = (matrix + matrix.T) / 2
         damping = self.resolved(prepared)

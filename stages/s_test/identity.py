@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from stages.curvature import Curvature
 from stages.s_test.solver import Prepared, Solution, Solve, Solver
 from stages.stage import Report
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.curvature import Curvature
 
 
 class Identity(Solver):
@@ -19,6 +20,7 @@ class Identity(Solver):
 
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
         """Return the function that gives back its right-hand sides."""
+        import torch
 
         def solve(rhs_TD: Tensor, report: Report) -> Solution:
             zeros = torch.zeros(len(rhs_TD), dtype=torch.float64)

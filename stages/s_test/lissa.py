@@ -17,13 +17,10 @@ import functools
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from stages.curvature import Curvature, extreme_eigenvalues
 from stages.s_test.solver import (
     Count,
     CurvatureSolver,
@@ -37,6 +34,11 @@ from stages.s_test.solver import (
     relative_residual,
 )
 from stages.stage import Array, Progress, Report, StageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.curvature import Curvature
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,8 @@ class Lissa(CurvatureSolver):
         return found
 
     def _largest(self, curvature: Curvature) -> float:
+        from stages.curvature import extreme_eigenvalues
+
         largest = 0.0
         batches = self._minibatches(curvature, 0)
         for _ in range(SCALE_BATCHES):
@@ -113,6 +117,8 @@ class Lissa(CurvatureSolver):
 
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
         """Return the function that iterates."""
+        import torch
+
         damping = self.resolved(prepared)
         scale = self.scale
         if scale == "auto":
@@ -151,6 +157,8 @@ class Lissa(CurvatureSolver):
 
     def _tell(self, mean: Tensor, squares: Tensor, counts: Tensor, steps: Tensor, settled: Tensor, depth: int) -> None:
         """Say what was not reached, and what was more than enough."""
+        import torch
+
         goal = self.tolerance * norms(mean).cpu()
         unsettled = int((~settled).sum())
         per_repeat = int((steps / counts).max())
@@ -197,6 +205,8 @@ class _Recursion:
 
     def run(self, rhs_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the estimates (T, D), the steps that each took (T,), and whether each has settled (T,)."""
+        import torch
+
         current = rhs_TD / self.scale
         window, previous_window = torch.zeros_like(current), torch.zeros_like(current)
         estimate = current.clone()
@@ -240,6 +250,8 @@ class _Recursion:
             StageError: with the scale that would have worked.
             NotPositiveDefinite: with the damping that would have.
         """
+        from stages.curvature import extreme_eigenvalues
+
         if step % 8 and step != self.depth:
             return
         # A recursion that converges never leaves |x| ≤ |v| · step / scale, which it reaches where H + λI is zero.

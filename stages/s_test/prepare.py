@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-
-from stages.curvature import Curvature
-from stages.grad_z import PerSample
 from stages.s_test.solver import Solver
 from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Stage, silent
+
+if TYPE_CHECKING:
+    from stages.curvature import Curvature
 
 SUMMARY = {
     "gradient_norm": "Euclidean norm of the training objective's gradient, zero at an optimum",
@@ -40,11 +40,15 @@ class Prepare(Stage):
 
     def prepare(self, report: Report = silent) -> None:
         """Check model and training data."""
+        from stages.grad_z import PerSample
+
         curvature = self.curvature
         PerSample(curvature.function, curvature.function.losses, curvature.samples, curvature.batch_size).check()
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Compute a band of the matrix by products with unit vectors, or the numbers."""
+        import torch
+
         if not self.solver.dense:
             return self._numbers({}, report)
         rows = block.ids("coordinate")
@@ -59,6 +63,8 @@ class Prepare(Stage):
         return self._numbers(arrays, report) if self.solver.dense else {}
 
     def _numbers(self, arrays: Mapping[str, ArrayLike], report: Report) -> dict[str, Array]:
+        import torch
+
         function, samples = self.curvature.function, self.curvature.samples
         with torch.no_grad():
             losses = function.losses(function.params, samples.batch(probes(len(samples))))

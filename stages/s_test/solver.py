@@ -1,6 +1,9 @@
 """What a solver is: its settings, what it prepares once for all test sets, and how it solves.
 
 Every solver returns X with (H + λI) x = v for each row v of the right-hand sides, and its evidence.
+
+Settings are read by commands that compute nothing, so that PyTorch, and what needs it, is imported here and in the
+solvers' files where it is used, not at their heads.
 Shapes: ``T`` test samples, ``D`` coordinates.
 """
 
@@ -8,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from torch import Tensor
 
-from stages.curvature import Curvature, Kind, Product, extreme_eigenvalues, mean_eigenvalue
 from stages.stage import Array, ArrayLike, Report, StageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.curvature import Curvature, Kind, Product
 
 
 def no_switch(value: Any) -> Any:
@@ -64,7 +69,7 @@ class Solution:
     iterations: Tensor
 
 
-Solve = Callable[[Tensor, Report], Solution]
+Solve = Callable[["Tensor", Report], Solution]
 
 
 class Solver(BaseModel):
@@ -123,7 +128,7 @@ class CurvatureSolver(Solver):
         seed: of every random draw.
     """
 
-    curvature: Kind = "ggn"
+    curvature: Literal["hessian", "ggn"] = "ggn"
     damping: Damping = RelativeDamping(relative=0.1)
     seed: Whole = 0
 
@@ -144,6 +149,8 @@ class CurvatureSolver(Solver):
         return {name: np.asarray(value) for name, value in found.items()}
 
     def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
+        from stages.curvature import mean_eigenvalue
+
         return mean_eigenvalue(lambda v: curvature.product(v, report=report), curvature.dim, curvature.l2, self.seed)
 
     def resolved(self, prepared: Prepared) -> float:
@@ -165,12 +172,16 @@ class CurvatureSolver(Solver):
 
 def norms(vectors_TD: Tensor) -> Tensor:
     """Return the Euclidean norm of each row, (T,), in double precision."""
+    import torch
+
     found: Tensor = torch.linalg.vector_norm(vectors_TD, dim=1, dtype=torch.float64)
     return found
 
 
 def relative_residual(product: Product, damping: float, rhs_TD: Tensor, vectors_TD: Tensor) -> Tensor:
     """Return |v − (H + λI) x| / |v| for each row, (T,); 0 where v and x are 0."""
+    import torch
+
     scale = norms(rhs_TD)
     left = norms(rhs_TD - product(vectors_TD) - damping * vectors_TD)
     return torch.where(scale > 0, left / scale.clamp_min(torch.finfo(torch.float64).tiny), left)
@@ -198,6 +209,8 @@ class NotPositiveDefinite(StageError):
 
 def negative_curvature(curvature: Curvature, product: Product, damping: float, seed: int) -> NotPositiveDefinite:
     """Make the error for negative curvature that a solver met, measuring the ends of the spectrum."""
+    from stages.curvature import extreme_eigenvalues
+
     smallest, largest = extreme_eigenvalues(product, curvature.dim, curvature.l2, seed, steps=60)
     return NotPositiveDefinite(smallest, largest, damping, curvature.kind)
 
@@ -211,6 +224,8 @@ def fixed_sample(sample: int | str, count: int, seed: int) -> list[int] | range:
     Raises:
         StageError: more samples are asked for than there are.
     """
+    import torch
+
     if sample == "all":
         return range(count)
     if int(sample) > count:

@@ -270,3 +270,23 @@ def test_help_without_a_command_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "Training data attribution" in done.stdout
     assert done.stdout.splitlines()[-1] == "False"
+
+
+WITHOUT_TORCH = """
+import sys
+from influence_pipeline.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    assert "torch" not in sys.modules
+    sys.exit(end.code)
+"""
+
+
+def test_what_needs_neither_model_nor_data_needs_no_pytorch(invoke: Invoke, project: Path) -> None:
+    assert invoke("run", project).exit_code == 0
+    key = next((project.parent / "runs" / "influence").iterdir()).name
+    for words in (["--help"], ["status", project], ["show", project], ["rm", project, key, "--yes"]):
+        command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, words)]
+        done = subprocess.run(command, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
