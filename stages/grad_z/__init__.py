@@ -97,6 +97,8 @@ def refuse_infinite(grads: Tensor, values: Tensor, ids: Sequence[int]) -> None:
     Raises:
         StageError: with the samples.
     """
+    if torch.isfinite(torch.linalg.vector_norm(grads, dim=1)).all() and torch.isfinite(values).all():
+        return  # one pass over the gradients, where looking at each entry takes several
     good = torch.isfinite(grads).all(dim=1) & torch.isfinite(values)
     if not good.all():
         bad = [ids[int(i)] for i in torch.nonzero(~good).flatten()]
@@ -145,13 +147,21 @@ class GradZ(Stage):
         start = 0
         for batch, rows, values in self.per_sample.rows(ids):
             part = slice(start, start + len(rows))
-            grads[part] = rows.to("cpu", torch.float32).numpy()
-            norm[part] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
+            torch.from_numpy(grads[part]).copy_(rows)
+            norm[part] = norms(rows).cpu().numpy()
             loss[part] = values.to("cpu", torch.float32).numpy()
             label[part] = labels(self.per_sample.function, batch, len(rows))
             start = part.stop
             report(Progress(start, len(ids), "gradients"))
         return {"gradients": grads, "norm": norm, "loss": loss, "label": label}
+
+
+def norms(rows_BD: Tensor) -> Tensor:
+    """Return the Euclidean norm of each row, (B,); in double precision where squares are beyond single precision."""
+    found: Tensor = torch.linalg.vector_norm(rows_BD, dim=1)
+    if rows_BD.dtype != torch.float32 or not ((found > 1e-12) & (found < 1e12)).all():
+        found = torch.linalg.vector_norm(rows_BD, dim=1, dtype=torch.float64)
+    return found
 
 
 def labels(function: ModelFunction, batch: Batch, count: int) -> Array:

@@ -54,6 +54,7 @@ class STest(Stage):
 
         function = curvature.function
         solver.check_size(function.size, memory_bytes)
+        solver.check_samples(len(curvature.samples))
         self.solver, self.curvature, self.prepared = solver, curvature, prepared
         self.per_sample = PerSample(function, function.measurements, samples, batch_size)
         self.rows_at_once = max(1, memory_bytes // (solver.state_vectors * function.size * function.dtype.itemsize))

@@ -52,6 +52,10 @@ class Cg(CurvatureSolver):
     max_iterations: Count = 200
     sample: Sample = "all"
 
+    def check_samples(self, count: int) -> None:
+        """Refuse to take more samples than there are."""
+        fixed_sample(self.sample, count, self.seed)
+
     def passes(self) -> str:
         """Say how often the training set is read."""
         of = "the training set" if self.sample == "all" else f"{self.sample} training samples"

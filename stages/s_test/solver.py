@@ -106,6 +106,13 @@ class Solver(BaseModel):
             StageError: with the bytes needed and what would do.
         """
 
+    def check_samples(self, count: int) -> None:
+        """Refuse a training set that is too small for this solver's settings.
+
+        Raises:
+            StageError: it has fewer samples than are asked for.
+        """
+
     def passes(self) -> str:
         """Say, for people, how often the training set is read for each block."""
         return ""
