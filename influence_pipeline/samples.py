@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 from influence_pipeline.errors import CacheMismatch, RequestError, WorkError
 from influence_pipeline.task import targets_of
 from stages.batch import leaves, map_leaves, only_tensors, size, to_device
+from stages.prefetch import ahead
 from stages.stage import Array, Batch
 
 DIGEST_BYTES = 16
@@ -122,7 +124,7 @@ class DataSet:
             return map_leaves(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, self._kept)
         return self._collated([self.sample(i) for i in ids])
 
-    def batches(self, ids: Sequence[int], size: int) -> Iterator[Batch]:
+    def batches(self, ids: Sequence[int], size: int) -> Generator[Batch, None, None]:
         """Yield some samples in order, ``size`` at a time; read by worker processes where there are any."""
         if self._workers and self._kept is None:
             for part, samples in self._read(ids, size):
@@ -130,8 +132,16 @@ class DataSet:
                     self._remember(position, sample)
                 yield self._collated(samples)
             return
-        for start in range(0, len(ids), size):
-            yield self.batch(ids[start : start + size])
+        yield from self.stream(ids[start : start + size] for start in range(0, len(ids), size))
+
+    def stream(self, parts: Iterable[Sequence[int]]) -> Generator[Batch, None, None]:
+        """Yield a batch for each of these parts, which need not end; read ahead where they are not kept."""
+        if self._kept is not None:
+            yield from map(self.batch, parts)
+            return
+        with closing(ahead(self.sample, parts)) as found:
+            for samples in found:
+                yield self._collated(samples)
 
     def _read(self, ids: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], list[Any]]]:
         """Yield positions and samples, ``size`` at a time; read by worker processes where there are any."""
@@ -271,9 +281,13 @@ class First:
         """Collate some samples, on the device."""
         return self._data.batch(ids)
 
-    def batches(self, ids: Sequence[int], size: int) -> Iterator[Batch]:
+    def batches(self, ids: Sequence[int], size: int) -> Generator[Batch, None, None]:
         """Yield some samples in order, ``size`` at a time."""
         return self._data.batches(ids, size)
+
+    def stream(self, parts: Iterable[Sequence[int]]) -> Generator[Batch, None, None]:
+        """Yield a batch for each of these parts, which need not end."""
+        return self._data.stream(parts)
 
 
 def changed_samples(name: str, ids: Sequence[int]) -> str:

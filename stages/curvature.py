@@ -8,23 +8,31 @@ Shapes: ``T`` vectors, ``D`` coordinates, ``B`` samples in a batch, ``N`` traini
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from stages.batch import shapes, size
+from stages import work
+from stages.batch import only_tensors, shapes, size, split
 from stages.grad_z import loop, refuse_infinite
-from stages.grad_z.choose import naming, refuse_memory
+from stages.grad_z.choose import TOLERANCE, naming, refuse_memory, relative_difference
+from stages.jacobian import ggn_products
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch, Progress, Report, Samples, StageError, silent
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["hessian", "ggn"]
 Product = Callable[[Tensor], Tensor]
 """(T, D) -> (T, D), linear in every row."""
+PROBES = 8
+"""Samples on which two ways to the same products are compared."""
 
 
 @dataclass
@@ -42,6 +50,8 @@ class Curvature:
     samples: Samples
     kind: Kind
     batch_size: int
+    _work: dict[str, work.Work] = field(init=False, default_factory=dict)
+    _jacobian: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Resolve the quadratic penalty once."""
@@ -61,10 +71,11 @@ class Curvature:
         ids = range(len(self.samples)) if ids is None else ids
         total_TD = torch.zeros_like(vectors_TD)
         done = 0
-        for batch in self.samples.batches(ids, self.batch_size):
-            total_TD += self._sum(batch, vectors_TD)
-            done += size(batch)
-            report(Progress(done, len(ids), f"{self.kind} products"))
+        with closing(self.samples.batches(ids, self.batch_size)) as batches:
+            for batch in batches:
+                total_TD += self._sum(batch)(vectors_TD)
+                done += size(batch)
+                report(Progress(done, len(ids), f"{self.kind} products"))
         if not torch.isfinite(total_TD).all() and torch.isfinite(vectors_TD).all():
             self.gradient()  # where that is not finite either, it names the samples
             raise StageError(
@@ -74,66 +85,108 @@ class Curvature:
             )
         return total_TD / len(ids) + self.l2 * vectors_TD
 
-    def batch_product(self, batch: Batch, vectors_TD: Tensor) -> Tensor:
-        """Return H v for each row v, (T, D), with the mean over one batch."""
-        return self._sum(batch, vectors_TD) / size(batch) + self.l2 * vectors_TD
+    def on(self, batch: Batch) -> Product:
+        """Return what multiplies by H with the mean over one batch, which is linearised once for all products."""
+        count, total = size(batch), self._sum(batch)
+        return lambda vectors_TD: total(vectors_TD) / count + self.l2 * vectors_TD
 
     def gradient(self, report: Report = silent) -> Tensor:
         """Return the gradient of the training objective, (1/N) Σ ∇L(z_i, θ) + l2·θ, (D,): zero at an optimum."""
         params = self.function.params
         total_D = torch.zeros(self.dim, dtype=torch.float64, device=self.function.device)
         done = 0
-        for batch in self.samples.batches(range(len(self.samples)), self.batch_size):
-            leaves = {name: parameter.detach().requires_grad_() for name, parameter in params.items()}
-            ids = range(done, done + size(batch))
-            with naming(f"at training samples {ids[0]} to {ids[-1]}"):
-                found = torch.autograd.grad(
-                    self._total_loss(leaves, batch), list(leaves.values()), allow_unused=True, materialize_grads=True
-                )
-            flat_D = self.function.flatten(dict(zip(leaves, found, strict=True)))
-            if not torch.isfinite(flat_D).all():
-                refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), ids)
-            total_D += flat_D
-            done += size(batch)
-            report(Progress(done, len(self.samples), "mean gradient"))
+        with closing(self.samples.batches(range(len(self.samples)), self.batch_size)) as batches:
+            for batch in batches:
+                leaves = {name: parameter.detach().requires_grad_() for name, parameter in params.items()}
+                ids = range(done, done + size(batch))
+                with naming(f"at training samples {ids[0]} to {ids[-1]}"):
+                    found = torch.autograd.grad(
+                        self._total_loss(leaves, batch),
+                        list(leaves.values()),
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                flat_D = self.function.flatten(dict(zip(leaves, found, strict=True)))
+                if not torch.isfinite(flat_D).all():
+                    refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), ids)
+                total_D += flat_D
+                done += size(batch)
+                report(Progress(done, len(self.samples), "mean gradient"))
         return total_D / len(self.samples) + self.l2 * self.function.flatten(params)
 
     def _total_loss(self, params: Parameters, batch: Batch) -> Tensor:
         return self.function.losses(params, batch).sum()
 
-    def _sum(self, batch: Batch, vectors_TD: Tensor) -> Tensor:
-        """Return the sum over a batch, without the penalty.
+    def _sum(self, batch: Batch) -> Product:
+        """Return what multiplies by the sum over a batch, without the penalty.
 
-        Raises:
-            StageError: the model has an operation that lacks a derivative, or raised.
-            MemoryError: there is not enough.
-            OutOfMemoryError: not on the device.
+        The product raises StageError where the model has an operation that lacks a derivative, or raised; and
+        MemoryError or OutOfMemoryError where there is not enough memory.
         """
-        try:
-            return self._products(self._linear(batch), size(batch), vectors_TD)
-        except StageError:
-            raise
-        except Exception as error:
-            refuse_memory(error)
-            with torch.no_grad(), naming(f"on a batch of {shapes(batch)}"):
-                self.function.losses(self.function.params, batch)
-            what = str(error).partition("\n")[0] or type(error).__name__
-            raise StageError(
-                f"curvature = {self.kind!r} needs derivatives that this model does not give "
-                f"({what}): replace that operation, choose parameters behind it, or use "
-                'solver = "identity"'
-            ) from error
+        linear: Callable[[Parameters], Parameters] | None = None
 
-    def _products(self, one: Callable[[Parameters], Parameters], samples: int, vectors_TD: Tensor) -> Tensor:
-        """Apply a linear map to each row, several at once where that pays."""
+        def products(vectors_TD: Tensor) -> Tensor:
+            nonlocal linear
+            try:
+                sizes = self._sizes(batch)
+                if self._by_jacobian(sizes, batch, vectors_TD):
+                    return ggn_products(self.function, batch, vectors_TD, sizes.samples_together)
+                linear = linear or self._linear(batch)
+                return self._products(linear, sizes.vectors_together, vectors_TD)
+            except StageError:
+                raise
+            except Exception as error:
+                refuse_memory(error)
+                with torch.no_grad(), naming(f"on a batch of {shapes(batch)}"):
+                    self.function.losses(self.function.params, batch)
+                what = str(error).partition("\n")[0] or type(error).__name__
+                raise StageError(
+                    f"curvature = {self.kind!r} needs derivatives that this model does not give "
+                    f"({what}): replace that operation, choose parameters behind it, or use "
+                    'solver = "identity"'
+                ) from error
+
+        return products
+
+    def _sizes(self, batch: Batch) -> work.Work:
+        """Count the work once for all batches of these shapes."""
+        key = shapes(batch)
+        if key not in self._work:
+            self._work[key] = work.count(self.function, batch)
+        return self._work[key]
+
+    def _by_jacobian(self, sizes: work.Work, batch: Batch, vectors_TD: Tensor) -> bool:
+        """Say whether to multiply by the Jacobian: where that pays, and was once found to be right."""
+        if self.kind != "ggn" or not sizes.jacobian_pays(len(vectors_TD)) or not only_tensors(batch):
+            return False
+        if self._jacobian is None:
+            self._jacobian = self._jacobian_is_right(batch, vectors_TD[:2])
+        return self._jacobian
+
+    def _jacobian_is_right(self, batch: Batch, vectors_TD: Tensor) -> bool:
+        """Compare both ways on a few samples."""
+        tensors, join = split(batch)
+        few = join([tensor[:PROBES] for tensor in tensors])
+        expected = self._products(self._linear(few), 1, vectors_TD)
+        try:
+            found = ggn_products(self.function, few, vectors_TD, PROBES)
+        except Exception as error:  # noqa: BLE001 - vmap's refusals have many types; the linearisation is always right
+            refuse_memory(error)
+            log.info("products without the Jacobian: vmap cannot follow this model (%s)", str(error).split("\n")[0])
+            return False
+        difference = relative_difference(found, expected)
+        if not difference <= TOLERANCE.get(self.function.coarsest, 0.05):
+            log.warning("products without the Jacobian: they differ by %.2g", difference)
+            return False
+        return True
+
+    def _products(self, one: Callable[[Parameters], Parameters], together: int, vectors_TD: Tensor) -> Tensor:
+        """Apply a linear map to each row, some at once."""
 
         def flat(vector_D: Tensor) -> Tensor:
             return self.function.flatten(one(self.function.unflatten(vector_D)))
 
-        # Many vectors at once save overhead for small work and lose to memory traffic for large; the bound
-        # on (samples × vectors) was measured on models of 650 to 38,000 parameters.
-        together = max(512, min(16384, 2**25 // self.dim)) // samples
-        if together > 1:
+        if together > 1 and len(vectors_TD) > 1:
             products: Tensor = vmap(flat, chunk_size=together)(vectors_TD)
             return products.detach()
         return torch.stack([flat(vector_D) for vector_D in vectors_TD]).detach()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,8 +57,11 @@ class Samples(Protocol):
     def batch(self, ids: Sequence[int]) -> Batch:
         """Collate the samples at these positions, on the device of the model."""
 
-    def batches(self, ids: Sequence[int], size: int) -> Iterator[Batch]:
+    def batches(self, ids: Sequence[int], size: int) -> Generator[Batch, None, None]:
         """Yield the samples at these positions in order, ``size`` at a time."""
+
+    def stream(self, parts: Iterable[Sequence[int]]) -> Generator[Batch, None, None]:
+        """Yield a batch for each of these parts, which need not end; close it before going on to other reads."""
 
 
 class ArrayLike(Protocol):

@@ -6,7 +6,7 @@ Shapes: ``N`` samples, ``K`` entries of one sample's outputs, ``D`` coordinates,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +47,13 @@ class Data:
 
         return pick(self.tree)
 
-    def batches(self, ids: Sequence[int], size: int) -> Iterator[Any]:
+    def batches(self, ids: Sequence[int], size: int) -> Generator[Any, None, None]:
         for start in range(0, len(ids), size):
             yield self.batch(ids[start : start + size])
+
+    def stream(self, parts: Iterable[Sequence[int]]) -> Generator[Any, None, None]:
+        for ids in parts:
+            yield self.batch(ids)
 
 
 class ClassTask:

@@ -13,10 +13,11 @@ the tolerance. Estimates from other sequences of minibatches (``repeats``) are a
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -91,23 +92,23 @@ class Lissa(CurvatureSolver):
         from stages.curvature import extreme_eigenvalues
 
         largest = 0.0
-        batches = self._minibatches(curvature, 0)
-        for _ in range(SCALE_BATCHES):
-            product = functools.partial(curvature.batch_product, next(batches))
-            smallest, biggest = extreme_eigenvalues(product, curvature.dim, curvature.l2, self.seed, steps=12)
-            largest = max(largest, biggest, -smallest)
+        drawn = itertools.islice(self._minibatches(curvature, 0), SCALE_BATCHES)
+        with closing(curvature.samples.stream(drawn)) as batches:
+            for batch in batches:
+                product = curvature.on(batch)
+                smallest, biggest = extreme_eigenvalues(product, curvature.dim, curvature.l2, self.seed, steps=12)
+                largest = max(largest, biggest, -smallest)
         return largest
 
-    def _minibatches(self, curvature: Curvature, repeat: int) -> Iterator[Any]:
-        """Yield minibatches without end, each drawn anew; they depend on (seed, repeat) alone.
+    def _minibatches(self, curvature: Curvature, repeat: int) -> Iterator[list[int]]:
+        """Yield the ids of minibatches without end, each drawn anew; they depend on (seed, repeat) alone.
 
         Draws are independent of one another, since going through the data in epochs biases the fixed point.
         """
         count = len(curvature.samples)
         generator = np.random.default_rng([self.seed, repeat])
         while True:
-            ids = generator.choice(count, min(self.batch_size, count), replace=False)
-            yield curvature.samples.batch(ids.tolist())
+            yield generator.choice(count, min(self.batch_size, count), replace=False).tolist()
 
     def passes(self) -> str:
         """Say how many minibatches are read."""
@@ -204,73 +205,84 @@ class _Recursion:
         self.repeat, self.report = repeat, report
 
     def run(self, rhs_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the estimates (T, D), the steps that each took (T,), and whether each has settled (T,)."""
-        import torch
-
-        current = rhs_TD / self.scale
-        window, previous_window = torch.zeros_like(current), torch.zeros_like(current)
-        estimate = current.clone()
-        steps = torch.full((len(rhs_TD),), self.depth, dtype=torch.int64)
-        settled, calm = torch.zeros(2, len(rhs_TD), dtype=torch.bool)
-        rows = torch.arange(len(rhs_TD))
-        checkpoint = 0
-        batches = self.settings._minibatches(self.curvature, self.repeat)
-        for step in range(1, self.depth + 1):
-            batch = next(batches)
-            active = current[rows]
-            gap = rhs_TD[rows] - self.curvature.batch_product(batch, active) - self.damping * active
-            current[rows] = active + gap / self.scale
-            window[rows] += current[rows]
-            self._check(rhs_TD, current, batch, step)
-            at_checkpoint = step == max(1, 2 * checkpoint)
-            if at_checkpoint or step == self.depth:
-                if at_checkpoint:
-                    found = window[rows] / (step - checkpoint)
-                    previous_window[rows], window[rows] = window[rows], 0.0
-                    checkpoint = step
-                else:
-                    found = (previous_window[rows] + window[rows]) / (step - checkpoint // 2)
-                change = norms(found - estimate[rows]) / norms(found).clamp_min(torch.finfo(torch.float64).tiny)
-                estimate[rows] = found
-                small = (change <= self.settings.tolerance).cpu() & (step >= 4)
-                done = small & at_checkpoint & (calm[rows] | (step == self.depth))
-                calm[rows] = small
-                settled[rows[done]] = True
-                steps[rows[done]] = step
-                rows = rows[~done]
-            self.report(Progress(step, self.depth, f"lissa step {step}, {len(rows)} test samples"))
-            if not len(rows):
-                break
-        return estimate, steps, settled
-
-    def _check(self, rhs_TD: Tensor, current: Tensor, batch: Any, step: int) -> None:
-        """Stop a recursion that diverges.
+        """Return the estimates (T, D), the steps that each took (T,), and whether each has settled (T,).
 
         Raises:
-            StageError: with the scale that would have worked.
-            NotPositiveDefinite: with the damping that would have.
+            StageError: the recursion diverges.
         """
+        import torch
+
+        estimate = rhs_TD / self.scale
+        steps = torch.full((len(rhs_TD),), self.depth, dtype=torch.int64)
+        settled, calm = torch.zeros(2, len(rhs_TD), dtype=torch.bool)
+        # Test samples that have not settled, and what there is of these alone, so that the others cost nothing.
+        rows = torch.arange(len(rhs_TD))
+        start, current = estimate, estimate.clone()
+        window, previous_window = torch.zeros_like(current), torch.zeros_like(current)
+        estimate = estimate.clone()
+        checkpoint = 0
+        minibatches = itertools.islice(self.settings._minibatches(self.curvature, self.repeat), self.depth)
+        with closing(self.curvature.samples.stream(minibatches)) as batches:
+            for step, batch in enumerate(batches, 1):
+                product = self.curvature.on(batch)(current)
+                current.mul_(1 - self.damping / self.scale).add_(start).sub_(product, alpha=1 / self.scale)
+                window += current
+                diverged = self._diverged(start, current, step)
+                if diverged:
+                    break
+                at_checkpoint = step == max(1, 2 * checkpoint)
+                if at_checkpoint or step == self.depth:
+                    if at_checkpoint:
+                        found = window / (step - checkpoint)
+                        previous_window, window = window, torch.zeros_like(window)
+                        checkpoint = step
+                    else:
+                        found = (previous_window + window) / (step - checkpoint // 2)
+                    change = norms(found - estimate[rows]) / norms(found).clamp_min(torch.finfo(torch.float64).tiny)
+                    estimate[rows] = found
+                    small = (change <= self.settings.tolerance).cpu() & (step >= 4)
+                    done = small & at_checkpoint & (calm[rows] | (step == self.depth))
+                    calm[rows] = small
+                    settled[rows[done]] = True
+                    steps[rows[done]] = step
+                    if done.any():
+                        rows = rows[~done]
+                        start, current, window, previous_window = (
+                            part[~done] for part in (start, current, window, previous_window)
+                        )
+                self.report(Progress(step, self.depth, f"lissa step {step}, {len(rows)} test samples"))
+                if not len(rows):
+                    break
+        if diverged:
+            raise self._divergence(step)
+        return estimate, steps, settled
+
+    def _diverged(self, start: Tensor, current: Tensor, step: int) -> bool:
+        """Say whether some x has left where a recursion that converges stays.
+
+        That is |x| ≤ |v| · (step + 1) / scale, which is reached where H + λI is zero.
+        """
+        if step % 8 and step != self.depth:
+            return False
+        return not bool((norms(current) <= 10 * (step + 1) * norms(start)).all())
+
+    def _divergence(self, step: int) -> StageError:
+        """Make the error for a recursion that diverges: with the damping, or the scale, that would have worked."""
         from stages.curvature import extreme_eigenvalues
 
-        if step % 8 and step != self.depth:
-            return
-        # A recursion that converges never leaves |x| ≤ |v| · step / scale, which it reaches where H + λI is zero.
-        size = norms(current)
-        if bool((size <= 10 * (step + 1) / self.scale * norms(rhs_TD)).all()):
-            return
         smallest, largest = extreme_eigenvalues(
             self.curvature.product, self.curvature.dim, self.curvature.l2, self.settings.seed, steps=40
         )
         if smallest + self.damping < 0:
-            raise NotPositiveDefinite(smallest, largest, self.damping, self.curvature.kind)
+            return NotPositiveDefinite(smallest, largest, self.damping, self.curvature.kind)
         needed = SCALE_MARGIN * self.settings._largest(self.curvature) + self.damping
         if needed <= self.scale:
-            raise StageError(
+            return StageError(
                 f"lissa diverged after {step} steps with scale = {self.scale:.3g}, though minibatches' largest "
                 f"eigenvalue is about {needed / SCALE_MARGIN:.3g}: use scale = {2 * self.scale:.2g} and a larger "
                 "batch_size" + (', or curvature = "ggn"' if self.curvature.kind == "hessian" else "")
             )
-        raise StageError(
+        return StageError(
             f"lissa diverged after {step} steps: scale = {self.scale:.3g} is below the largest eigenvalue of the "
             f'minibatches. Use scale = {needed:.2g} or more, or scale = "auto".'
         )

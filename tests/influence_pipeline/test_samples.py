@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -344,3 +345,18 @@ def test_a_test_set_cut_by_settings_keeps_the_positions_of_its_origin(make: Make
     few = pipeline.run()["few"]
     labels = [int(label) for _, label in tiny.points(10, 2)]
     assert few.test_ids.tolist() == [labels.index(label) for label in sorted(set(labels))]
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 2**20], ids=["read ahead", "kept"])
+def test_a_stream_is_the_batches_of_its_parts(keep_bytes: int) -> None:
+    data = DataSet(Samples([torch.tensor(float(i)) for i in range(10)]), "train", keep_bytes=keep_bytes)
+    data.keep()
+    parts = [[3, 1], [1], [9, 0, 4]]
+    assert all(itertools.starmap(same, zip(data.stream(parts), map(data.batch, parts), strict=True)))
+
+
+def test_a_sample_that_raises_while_it_is_read_ahead_is_an_error_that_names_it() -> None:
+    data = DataSet(Broken([torch.tensor(float(i)) for i in range(10)], at=7), "train")
+    with pytest.raises(ip.WorkError, match="'train' raised at sample 7: ValueError: no such file"):
+        list(data.batches(range(10), 2))
+    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]

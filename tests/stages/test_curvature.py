@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from stages import curvature as curvature_module
+from stages import work
 from stages.curvature import extreme_eigenvalues, mean_eigenvalue
+from stages.jacobian import ggn_products
+from stages.parameters import evaluating
 from stages.stage import Progress
+from stages.work import Work
 from tests import oracles
 from tests.oracles import CASES, Case, ClassTask, Data, make
 
@@ -71,26 +75,133 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @KINDS
-def test_vectors_one_by_one_give_the_same_as_vectors_together(kind: str, chunks: list[int]) -> None:
-    x = torch.randn(9000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).double()
-    case = Case("", model, ClassTask(0.1), Data((x, (x.sum(1) > 0).long())))
-    vectors = vectors_for(case, 3)
-    one_by_one = case.curvature(kind, 9000).product(vectors)
-    assert not chunks
-    together = case.curvature(kind, 1000).product(vectors)
-    assert set(chunks) == {16}
-    torch.testing.assert_close(together, one_by_one, **EXACT)
-
-
-@KINDS
 @pytest.mark.parametrize("case", CASES)
-def test_more_vectors_than_fit_together_are_cut_into_chunks(case: Case, kind: str, chunks: list[int]) -> None:
-    vectors = vectors_for(case, 1500)
-    found = case.curvature(kind, 64).product(vectors)
-    assert max(chunks) < 1500
-    torch.testing.assert_close(found, vectors @ dense(case, kind), **EXACT)
+def test_vectors_one_by_one_give_the_same_as_vectors_together(
+    case: Case, kind: str, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Work, "jacobian_pays", lambda self, vectors: False)
+    vectors = vectors_for(case, 7)
+    together = case.curvature(kind, 64).product(vectors)
+    assert set(chunks)
+    assert min(chunks) >= 7
+    chunks.clear()
+    monkeypatch.setattr(work, "TOGETHER", 1)
+    one_by_one = case.curvature(kind, 64).product(vectors)
+    assert not chunks
+    torch.testing.assert_close(together, one_by_one, **EXACT)
+    monkeypatch.setattr(work, "TOGETHER", 3 * max(len(case.theta), case.curvature(kind)._sizes(whole(case)).widest))
+    in_chunks = case.curvature(kind, 64).product(vectors)
+    assert set(chunks) == {3}
+    torch.testing.assert_close(in_chunks, one_by_one, **EXACT)
+
+
+# ---- by the Jacobian -----------------------------------------------------------------------------------------------
+
+
+def whole(case: Case) -> Any:
+    return case.data.batch(range(len(case.data)))
+
+
+@pytest.fixture
+def jacobians(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Multiply by the Jacobian wherever that is possible; how many samples' Jacobians were asked for at once."""
+    seen: list[int] = []
+
+    def watched(function: Any, batch: Any, vectors: Tensor, together: int) -> Tensor:
+        seen.append(together)
+        return ggn_products(function, batch, vectors, together)
+
+    monkeypatch.setattr(Work, "jacobian_pays", lambda self, vectors: self.outputs > 0)
+    monkeypatch.setattr(curvature_module, "ggn_products", watched)
+    return seen
+
+
+@pytest.mark.parametrize("together", [1, 4, 100])
+@pytest.mark.parametrize("case", CASES)
+def test_products_by_the_jacobian_are_those_of_the_dense_matrix(
+    case: Case, together: int, jacobians: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Work, "samples_together", together)
+    vectors = vectors_for(case)
+    torch.testing.assert_close(case.curvature("ggn", 64).product(vectors), vectors @ dense(case, "ggn"), **EXACT)
+    assert together in jacobians
+
+
+class _Attending(nn.Module):
+    """Tokens are embedded, attend to one another within their sample, and are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        mixed: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return self.head(mixed.mean(1))
+
+
+def attending() -> Case:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 7, (6, 5), generator=generator)
+    torch.manual_seed(0)
+    model = _Attending().double().eval()
+    return Case("attention", model, ClassTask(0.01), Data((tokens, torch.randint(0, 3, (6,), generator=generator))))
+
+
+def test_attention_and_embeddings_have_the_same_products_by_the_jacobian(jacobians: list[int]) -> None:
+    case = attending()
+    vectors = vectors_for(case)
+    with evaluating(case.model):
+        expected = vectors @ dense(case, "ggn")
+        torch.testing.assert_close(case.curvature("ggn", 6).product(vectors), expected, **EXACT)
+    assert jacobians
+
+
+class _LooksAtValues(nn.Module):
+    """A linear model that ``vmap`` cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (1.0 if float(x.detach().abs().sum()) >= 0 else 2.0)
+
+
+def test_a_model_that_vmap_cannot_follow_is_linearised(jacobians: list[int]) -> None:
+    torch.manual_seed(0)
+    case = Case("", _LooksAtValues().double(), ClassTask(0.1), make(oracles.mlp).data)
+    curvature, vectors = case.curvature("ggn"), vectors_for(case)
+    torch.testing.assert_close(curvature.product(vectors), vectors @ dense(case, "ggn"), **EXACT)
+    assert len(jacobians) == 1, "it is tried once"
+
+
+def test_a_jacobian_that_is_wrong_is_not_used(
+    jacobians: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(curvature_module, "ggn_products", lambda f, b, v, n: 1.01 * ggn_products(f, b, v, n))
+    case = make(oracles.mlp)
+    vectors = vectors_for(case)
+    torch.testing.assert_close(case.curvature("ggn").product(vectors), vectors @ dense(case, "ggn"), **EXACT)
+    assert "without the Jacobian" in caplog.text
+
+
+def test_the_jacobian_pays_for_convolutions_and_many_vectors_only() -> None:
+    convolutions = Work(samples=32, outputs=10, dim=42_026, backward=3.0e6, widest=401_408)
+    assert convolutions.jacobian_pays(64)
+    assert not convolutions.jacobian_pays(1)
+    linear = Work(samples=32, outputs=10, dim=39_760, backward=8.0e4, widest=25_088)
+    assert not linear.jacobian_pays(64)
+    assert not Work(samples=32, outputs=0, dim=10, backward=1e9, widest=1).jacobian_pays(64)
+
+
+def test_work_is_counted_by_sizes() -> None:
+    case = Case("", nn.Linear(4, 3).double(), ClassTask(), make(oracles.mlp).data)
+    found = work.count(case.function, whole(case))
+    assert (found.samples, found.outputs, found.dim) == (12, 3, 15)
+    assert found.backward == 2 * 4 * 3
 
 
 @KINDS
@@ -100,7 +211,7 @@ def test_products_over_some_samples_are_means_over_these(kind: str) -> None:
     vectors = vectors_for(case)
     expected = vectors @ dense(part, kind)
     torch.testing.assert_close(case.curvature(kind, 2).product(vectors, ids), expected, **EXACT)
-    torch.testing.assert_close(case.curvature(kind).batch_product(case.data.batch(ids), vectors), expected, **EXACT)
+    torch.testing.assert_close(case.curvature(kind).on(case.data.batch(ids))(vectors), expected, **EXACT)
 
 
 @pytest.mark.parametrize("case", CASES)

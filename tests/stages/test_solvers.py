@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from stages.curvature import Curvature
 from stages.s_test import STest, solvers
 from stages.s_test.cg import Cg, conjugate_gradients
 from stages.s_test.exact import Exact
@@ -342,12 +343,34 @@ def test_cg_needs_no_more_products_than_there_are_eigenvalues() -> None:
         return vectors @ matrix
 
     rhs = torch.tensor([[1.0, 2, 3, 4, 5], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]], dtype=torch.float64)
-    vectors, iterations = conjugate_gradients(product, rhs, 1e-9, 100)
+    vectors, iterations, residual = conjugate_gradients(product, rhs, 1e-9, 100)
+    assert vectors is not None
+    torch.testing.assert_close(residual, true_residual(matrix, 0.0, rhs, vectors).nan_to_num(), rtol=0, atol=1e-15)
     torch.testing.assert_close(vectors, rhs / matrix.diagonal(), rtol=1e-9, atol=0)
     # One more where the true residual was measured and was within the tolerance.
     assert (iterations - torch.tensor([3, 1, 0, 2])).abs().max() <= 1
     assert calls[0] == 3, "a zero right-hand side takes no part"
     assert sum(calls) == int(iterations.sum())
+
+
+@pytest.mark.parametrize("most", [200, 3], ids=["converges", "runs out"])
+def test_cg_measures_the_true_residual_once(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, passes = make(oracles.mlp), list[int]()
+    product = Curvature.product
+
+    def watched(self: Curvature, vectors: Tensor, *args: Any) -> Tensor:
+        passes.append(len(vectors))
+        return product(self, vectors, *args)
+
+    solver = Cg(damping=1e-2, tolerance=1e-3, max_iterations=most)
+    curvature = case.curvature("ggn", 64)
+    run = solver.start(curvature, oracles.prepared(solver, curvature))
+    monkeypatch.setattr(Curvature, "product", watched)
+    found = run(rhs_for(case), silent)
+    left = int((found.iterations == most).sum())
+    assert sum(passes) == int(found.iterations.sum()) + left
+    expected = true_residual(dense(case, "ggn"), 1e-2, rhs_for(case), found.vectors)
+    torch.testing.assert_close(found.residual, expected, rtol=1e-8, atol=1e-13)
 
 
 @KINDS
