@@ -23,7 +23,7 @@ from influence_pipeline.samples import DataSet, changed_samples
 from stages.grad_z import ComputedRows, GradZ, PerSample
 from stages.influence import Influence
 from stages.s_test import STest
-from stages.s_test.prepare import Prepare, probes
+from stages.s_test.prepare import Prepare, probe_losses, probes
 from stages.stage import Array, ArrayLike, Block, Grid, StageError
 
 log = logging.getLogger(__name__)
@@ -189,16 +189,17 @@ class Works:
         if not all(group.record(block) for block in group.layout.grid) or not group.finished:
             return []
         kept, count = group.array("probe_loss")[:], int(group.array(DIGESTS).shape[0])
-        ids = [i for i in probes(count) if i < len(self.context.train)]
-        function, found = self.context.function, []
-        with self.context.evaluating(), torch.no_grad():
-            for row, cached in zip(ids, kept.tolist(), strict=False):
-                if row in without:
-                    continue
-                now = float(function.losses(function.params, self.context.train.batch([row]))[0])
-                if abs(now - cached) > SAME * max(abs(now), abs(cached), 1e-3):
-                    found.append(f"training sample {row} has a loss of {now:.5g}, cached {cached:.5g}")
-        return found
+        known = {i: cached for i, cached in zip(probes(count), kept.tolist(), strict=True) if i not in without}
+        ids = [i for i in known if i < len(self.context.train)]
+        if not ids:
+            return []
+        with self.context.evaluating():
+            losses = probe_losses(self.context.function, self.context.train, ids)
+        return [
+            f"training sample {i} has a loss of {now:.5g}, cached {known[i]:.5g}"
+            for i, now in zip(ids, losses.tolist(), strict=True)
+            if abs(now - known[i]) > SAME * max(abs(now), abs(known[i]), 1e-3)
+        ]
 
     def check_measurement(self, tests: str) -> None:
         """Compute one cached measurement again, for the same reason.

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 Id = TypeVar("Id")
 Sample = TypeVar("Sample")
+PATIENCE = 2.0
+"""Seconds that closing waits for a read that is under way: whoever interrupts a run is not to wait for a disk."""
 
 
 def ahead(
@@ -20,7 +22,7 @@ def ahead(
     Where ``read`` raises in the thread, the caller's thread reads that part again, and all that follow: errors are
     raised where they are expected, and what only one thread may read is read in that one. No two threads are in
     ``read`` at once, unless the caller is there for something else: close this generator before. That ends the thread
-    after the one read that is under way.
+    after the one read that is under way, and waits for that for ``PATIENCE`` seconds.
 
     Args:
         read: from an id to a sample.
@@ -55,7 +57,7 @@ def ahead(
     finally:
         stop.set()
         asked.put(())
-        thread.join()
+        thread.join(PATIENCE)
 
 
 def _work(

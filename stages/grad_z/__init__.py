@@ -6,6 +6,7 @@ What a coordinate is, is known here alone: today each of the D coordinates is on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,12 +84,13 @@ class PerSample:
             self.check()
         assert self._technique is not None
         start = 0
-        for batch in self.samples.batches(ids, self.batch_size):
-            with naming(f"at samples {ids[start]} to {ids[min(start + self.batch_size, len(ids)) - 1]}"):
-                grads, values = self._technique(self.function, self.values, batch)
-            refuse_infinite(grads, values, ids[start : start + len(grads)])
-            yield batch, grads, values
-            start += len(grads)
+        with closing(self.samples.batches(ids, self.batch_size)) as batches:
+            for batch in batches:
+                with naming(f"at samples {ids[start]} to {ids[min(start + self.batch_size, len(ids)) - 1]}"):
+                    grads, values = self._technique(self.function, self.values, batch)
+                refuse_infinite(grads, values, ids[start : start + len(grads)])
+                yield batch, grads, values
+                start += len(grads)
 
 
 def refuse_infinite(grads: Tensor, values: Tensor, ids: Sequence[int]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stages.s_test.solver import Solver
-from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Stage, silent
+from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Samples, Stage, silent
 
 if TYPE_CHECKING:
     from stages.curvature import Curvature
+    from stages.parameters import ModelFunction
 
 SUMMARY = {
     "gradient_norm": "Euclidean norm of the training objective's gradient, zero at an optimum",
@@ -63,12 +64,24 @@ class Prepare(Stage):
         return self._numbers(arrays, report) if self.solver.dense else {}
 
     def _numbers(self, arrays: Mapping[str, ArrayLike], report: Report) -> dict[str, Array]:
-        import torch
+        losses = probe_losses(self.curvature.function, self.curvature.samples, probes(len(self.curvature.samples)))
+        return {"probe_loss": losses, **self.solver.summary(self.curvature, arrays, report)}
 
-        function, samples = self.curvature.function, self.curvature.samples
-        with torch.no_grad():
-            losses = function.losses(function.params, samples.batch(probes(len(samples))))
-        return {"probe_loss": losses.float().cpu().numpy(), **self.solver.summary(self.curvature, arrays, report)}
+
+def probe_losses(function: ModelFunction, samples: Samples, ids: Sequence[int]) -> Array:
+    """Return the losses of some samples, float32.
+
+    Raises:
+        StageError: the model or the task raised.
+    """
+    import torch
+
+    from stages.grad_z.choose import naming
+
+    batch = samples.batch(ids)
+    with torch.no_grad(), naming(f"at training samples {', '.join(map(str, ids))}"):
+        losses: Array = function.losses(function.params, batch).float().cpu().numpy()
+    return losses
 
 
 def probes(count: int) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from stages import prefetch
 from stages.prefetch import ahead
 
 PARTS = [[0, 1], [2], [], [3, 4, 5], [6]]
@@ -103,3 +104,24 @@ def test_an_interrupt_in_the_caller_ends_the_thread_after_the_one_read_under_way
         reader.throw(KeyboardInterrupt())
     assert not running()
     assert len(read) <= 5, "the rest of the part under way is not read"
+
+
+def test_closing_does_not_wait_for_a_read_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "PATIENCE", 0.1)
+    released, hangs = threading.Event(), threading.Event()
+
+    def read(i: int) -> int:
+        if i == 2:
+            hangs.set()
+            released.wait(30)
+        return i
+
+    reading = prefetch.ahead(read, [[i] for i in range(9)])
+    assert next(reading) == [0]
+    assert hangs.wait(10)
+    began = time.monotonic()
+    reading.close()
+    assert time.monotonic() - began < 5
+    released.set()
+    for thread in running():
+        thread.join(10)
