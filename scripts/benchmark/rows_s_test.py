@@ -49,7 +49,7 @@ def steps(bench: Bench, kind: str, minibatch: int, count: int) -> list[float]:
 
     def step() -> Tensor:
         with context.evaluating():
-            gap = vectors_TD - curvature.batch_product(batch, vectors_TD) - 0.1 * vectors_TD
+            gap = vectors_TD - curvature.on(batch)(vectors_TD) - 0.1 * vectors_TD
             return vectors_TD + gap / 10
 
     def one_after_the_other() -> list[tuple[Tensor, ...]]:
