@@ -56,7 +56,7 @@ def steps(bench: Bench, kind: str, minibatch: int, count: int) -> list[float]:
         return [PLAIN[kind](model, batch, vector) for vector in each]
 
     with context.evaluating():
-        found = curvature.batch_product(batch, vectors_TD[:1])[0] - curvature.l2 * vectors_TD[0]
+        found = curvature.on(batch)(vectors_TD[:1])[0] - curvature.l2 * vectors_TD[0]
     expected = torch.cat([part.flatten() for part in PLAIN[kind](model, batch, each[0])])
     off = float((found - expected).norm() / expected.norm())
     assert off < 1e-3, f"{kind} products are {off:.1%} off"
