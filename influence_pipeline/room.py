@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from influence_pipeline.cache import Group
 from influence_pipeline.context import Context
 from influence_pipeline.errors import RequestError
@@ -66,8 +68,10 @@ def _what_fits(place: Place, context: Context, needed: int, free: int) -> str:
         return "Free some (`gc` removes what nothing refers to), or name a cache on another disk"
     fits = []
     encoding = context.settings.grad_z.encoding
-    if encoding == "float32" and needed // 2 <= free:
-        fits.append('[grad_z] encoding = "float16" (half of it)')
+    for other in ("float16", "int8"):
+        part = np.dtype(encoding).itemsize // np.dtype(other).itemsize
+        if part > 1 and needed // part <= free:
+            fits.append(f'[grad_z] encoding = "{other}" ({"half" if part == 2 else "a quarter"} of it)')
     sizes: dict[str, int] = {}
     for name, parameter in context.function.params.items():
         prefix = name.partition(".")[0]
