@@ -73,7 +73,8 @@ def write_linear(module: nn.Linear, name: str, inputs: Tensor, grads: Tensor, ou
 def write_convolution(module: Any, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
     """Fill a gradient of a convolution: that of a linear layer over the patches under its kernel, group by group.
 
-    Measured for 64 samples of 16 channels to 32 on 12 × 12: patches copied from a view 1.9 ms; by ``unfold`` 3.7;
+    Measured for 64 samples of 16 channels to 32 on 12 × 12: patches copied from a view 1.9 ms, 2.7 in the pieces
+    used here, which are twice as fast for larger work; by ``unfold`` 3.7;
     a product for each position of the kernel 2.7; a convolution for each sample 3.9; one with a group for each 4.1.
     """
     grads_BCP = grads.flatten(2)

@@ -18,6 +18,7 @@ from stages.s_test.solver import (
     Sample,
     Solution,
     Solve,
+    check_sample,
     fixed_sample,
     negative_curvature,
     norms,
@@ -54,7 +55,7 @@ class Cg(CurvatureSolver):
 
     def check_samples(self, count: int) -> None:
         """Refuse to take more samples than there are."""
-        fixed_sample(self.sample, count, self.seed)
+        check_sample(self.sample, count)
 
     def passes(self) -> str:
         """Say how often the training set is read."""

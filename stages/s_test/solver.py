@@ -225,6 +225,16 @@ def negative_curvature(curvature: Curvature, product: Product, damping: float, s
 Sample = Literal["all"] | Count
 
 
+def check_sample(sample: int | str, count: int) -> None:
+    """Refuse to take more training samples than there are.
+
+    Raises:
+        StageError: with both numbers.
+    """
+    if sample != "all" and int(sample) > count:
+        raise StageError(f"sample = {sample}, and the training set has {count} samples")
+
+
 def fixed_sample(sample: int | str, count: int, seed: int) -> list[int] | range:
     """Return the training samples that H is taken over: all, or a fixed random choice in ascending order.
 
@@ -235,7 +245,6 @@ def fixed_sample(sample: int | str, count: int, seed: int) -> list[int] | range:
 
     if sample == "all":
         return range(count)
-    if int(sample) > count:
-        raise StageError(f"sample = {sample}, and the training set has {count} samples")
+    check_sample(sample, count)
     generator = torch.Generator().manual_seed(seed)
     return sorted(torch.randperm(count, generator=generator)[: int(sample)].tolist())

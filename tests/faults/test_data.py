@@ -833,25 +833,10 @@ def test_changed_code_is_refused_before_changed_samples_are_computed_anew(
     assert make(task=task(1.0), s_test=IDENTITY, **changed("train", 5)).refresh() == {"train": [5]}
 
 
-class Unreadable(Dataset[Any]):
-    """A data set of which one sample cannot be read."""
-
-    def __init__(self, data: TensorDataset, position: int) -> None:
-        self.data, self.position = data, position
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, position: int) -> Any:
-        if position == self.position:
-            raise OSError("unreadable")
-        return self.data[position]
-
-
 def test_growth_that_failed_leaves_the_cache_to_the_smaller_set(done: Path, make: Make, computed: Computed) -> None:
     before = tiny.files(done)
     with pytest.raises(ip.WorkError, match="raised at sample 62"):
-        make(train=Unreadable(tiny.points(100, 1), 62)).grad_z()
+        make(train=Raising(tiny.points(100, 1), 62, OSError("unreadable"))).grad_z()
     computed.clear()
     assert make().plan().complete
     make().run()
@@ -861,7 +846,7 @@ def test_growth_that_failed_leaves_the_cache_to_the_smaller_set(done: Path, make
 
 def test_a_cache_that_nothing_was_computed_for_is_of_no_size_yet(cache: Path, make: Make, finished: Path) -> None:
     with pytest.raises(ip.WorkError, match="raised at sample 5"):
-        make(train=Unreadable(tiny.points(2500, 1), 5)).run()
+        make(train=Raising(tiny.points(2500, 1), 5, OSError("unreadable"))).run()
     make().run()
     assert tiny.files(cache) == tiny.files(finished)
 

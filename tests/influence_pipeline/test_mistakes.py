@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,3 +71,11 @@ def test_an_operation_without_second_derivative_is_refused_with_what_would_do(ma
     with pytest.raises(ip.RequestError, match=r"needs derivatives that this model does not give.*identity"):
         pipeline.s_test("holdout")
     assert make(model=Model, s_test={"solver": "identity"}).run()["holdout"].scores.shape == (10, 60)
+
+
+def test_a_sample_larger_than_the_training_set_is_refused_before_anything_is_computed(make: Make, cache: Path) -> None:
+    pipeline = make(s_test={"solver": "cg", "sample": 61})
+    for call in (pipeline.plan, pipeline.s_test):
+        with pytest.raises(ip.RequestError, match="sample = 61, and the training set has 60 samples"):
+            call("holdout")
+    assert not list(cache.glob("s_test/*"))
