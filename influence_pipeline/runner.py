@@ -14,10 +14,11 @@ import tempfile
 import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 from influence_pipeline.cache import Group, Layout, leave_no_lock
 from influence_pipeline.cache.record import NOTHING, digest
+from influence_pipeline.cache.writing import BlockWriting
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.samples import DIGEST_BYTES, DataSet
 from influence_pipeline.settings import RuntimeSettings
@@ -109,20 +111,32 @@ class Work:
             self.stage.prepare()
             self._ready = True
 
-    def compute(self, block: Block, group: Group, report: Callable[[Progress], None]) -> bool:
-        """Compute one block and keep it; false where another process has it, or is at work on it."""
+    def start(self, block: Block, group: Group, report: Callable[[Progress], None]) -> Callable[[], bool] | None:
+        """Compute one block; return what then keeps it, to be called in any thread.
+
+        That returns whether it was kept. None where another process has the block, or is at work on it.
+        """
         claim = group.claim(block)
         if claim is None:
-            return False
-        with claim:
+            return None
+        with ExitStack() as stack:
+            stack.enter_context(claim)
             if self.valid(group, block):
-                return False
+                return None
             self.ready()
-            values = self.stage.compute(block, report)
+            writing = stack.enter_context(BlockWriting(group, block))
+            for values in self.stage.parts(block, report):
+                writing.add(values)
             if self.data is not None:
-                values[DIGESTS] = self.data.digests(block.ids(self.stage.grid.axes[0].name))
-            with _shielded():
-                return group.commit(block, values, self.samples(block), self.inputs(block), claim)
+                writing.add({DIGESTS: self.data.digests(block.ids(self.stage.grid.axes[0].name))})
+            samples, inputs = self.samples(block), self.inputs(block)
+            held = stack.pop_all()
+
+        def keep() -> bool:
+            with held:
+                return group.commit(block, writing, samples, inputs, claim)
+
+        return keep
 
     def finish(self, group: Group, report: Callable[[Progress], None]) -> None:
         """Merge all blocks and keep that."""
@@ -279,12 +293,26 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
 
 
 def _here(work: Work, group: Group, missing: list[Block], bar: _Bar) -> list[tuple[int, ...]]:
-    """Compute blocks in this process; return which."""
-    done = []
-    for block in missing:
-        if work.compute(block, group, bar.within(block)):
+    """Compute blocks in this process, each of them kept while the next is computed; return which."""
+    done: list[tuple[int, ...]] = []
+    behind: deque[tuple[Block, Future[bool]]] = deque()
+
+    def settle() -> None:
+        block, kept = behind.popleft()
+        if kept.result():
             done.append(block.index)
             bar.finished(block)
+
+    # Whatever happens, leaving this waits for what is being written.
+    with ThreadPoolExecutor(1, "keep") as keeper:
+        for block in missing:
+            keep = work.start(block, group, bar.within(block))
+            if keep is not None:
+                behind.append((block, keeper.submit(keep)))
+            if len(behind) > 1:
+                settle()
+        while behind:
+            settle()
     return done
 
 
@@ -354,7 +382,9 @@ def _block_in_worker(
         _rebuilt[token] = rebuild()
     work, group = _rebuilt[token]
     with logging_to(None if log_file is None else Path(log_file)), _named_errors(work.label), work.computing():
-        return index, work.compute(work.stage.grid.block(index), group, lambda progress: None)
+        keep = work.start(work.stage.grid.block(index), group, lambda progress: None)
+        with _shielded():
+            return index, keep is not None and keep()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import UserDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -40,9 +41,12 @@ def _feed(state: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.device.type == "meta":
             raise RequestError(f"a sample holds a tensor of {value.layout} on {value.device}: dense ones are needed")
-        value = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        state.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
-        state.update(value.flatten().view(torch.uint8).numpy())
+        state.update(_tensor_head(value.dtype, value.shape))
+        try:
+            state.update(value.numpy(force=True).tobytes())
+        except TypeError:  # NumPy has no such type
+            value = value.detach().cpu().contiguous()
+            state.update(value.flatten().view(torch.uint8).numpy())
     elif isinstance(value, (np.ndarray, np.generic)):
         value = np.ascontiguousarray(value)
         if value.dtype.hasobject:
@@ -71,6 +75,11 @@ def _feed(state: Any, value: Any) -> None:
         _feed(state, vars(value))
     else:
         raise RequestError(f"a sample holds a {type(value).__name__}, of which no digest can be taken")
+
+
+@functools.lru_cache
+def _tensor_head(dtype: torch.dtype, shape: torch.Size) -> bytes:
+    return f"tensor {dtype} {tuple(shape)};".encode()
 
 
 class DataSet:

@@ -241,7 +241,7 @@ class Works:
         function, found = self.context.function, []
         per_sample = PerSample(function, function.measurements, self.context.test(tests), 1)
         with self.context.evaluating():
-            values = [float(values[0]) for _, _, values in per_sample.rows(rows)]
+            values = [float(found.values[0]) for found in per_sample.rows(rows)]
         for row, now in zip(rows, values, strict=True):
             cached = float(group.array("measurement")[row])
             if abs(now - cached) > SAME * max(abs(now), abs(cached), 1e-3):

@@ -201,6 +201,13 @@ class Stage(ABC):
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Return the values of every array in ``arrays`` over the block's region."""
 
+    def parts(self, block: Block, report: Report = silent) -> Iterator[dict[str, Array]]:
+        """Yield the same values part by part, each with the next rows of every array; all at once if not overridden.
+
+        What is yielded must not change any more: it is written while the next part is computed.
+        """
+        yield self.compute(block, report)
+
     def finish(self, arrays: Mapping[str, ArrayLike], report: Report = silent) -> dict[str, Array]:
         """Return the values of every array in ``merged``, given what all blocks filled."""
         return {}

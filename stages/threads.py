@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
-import torch
+import numpy as np
+
+from stages.stage import Array
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def in_threads(work: Callable[[Item], None], items: Sequence[Item]) -> None:
@@ -17,6 +22,8 @@ def in_threads(work: Callable[[Item], None], items: Sequence[Item]) -> None:
     PyTorch's own operations use one thread meanwhile, so that each core has one. Where one item fails, those that are
     under way are finished, and no other is begun.
     """
+    import torch
+
     threads = torch.get_num_threads()
     if threads == 1 or len(items) < 2:
         for item in items:
@@ -30,3 +37,67 @@ def in_threads(work: Callable[[Item], None], items: Sequence[Item]) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+class Threads:
+    """As many threads as PyTorch may use, on each of which its operations use that thread alone.
+
+    What the caller computes meanwhile may use as many threads as before.
+    """
+
+    def __init__(self) -> None:
+        """Start them."""
+        import torch
+
+        self.count: int = torch.get_num_threads()
+        ready = threading.Barrier(self.count + 1)
+
+        def settle() -> None:
+            # A thread takes the number of all others when it is first asked; told its own, that of all that start
+            # later: so it is asked before, and the caller, once all are there, has the last word.
+            torch.get_num_threads()
+            torch.set_num_threads(1)
+            ready.wait()
+
+        self._pool = ThreadPoolExecutor(self.count, "encode", settle)
+        try:
+            for _ in range(self.count):
+                self._pool.submit(int)
+            ready.wait()
+        except BaseException:
+            ready.abort()
+            raise
+        finally:
+            torch.set_num_threads(self.count)
+
+    def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Have a thread do some work; what is given is begun in order."""
+        return self._pool.submit(work, *arguments)
+
+    def end(self) -> None:
+        """Begin nothing more, and wait for what is under way."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Threads:
+        """Take them as they are."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End them."""
+        self.end()
+
+
+_own = threading.local()
+MOST_OWN = 2**22
+"""Entries of the largest array that a thread keeps."""
+
+
+def own_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return memory of this thread's, the same each time for a type: new memory costs more than what is done in it."""
+    known: dict[np.dtype[Any], Array] = _own.__dict__.setdefault("known", {})
+    size = math.prod(shape)
+    if size > MOST_OWN:
+        return np.empty(shape, dtype)
+    if dtype not in known or known[dtype].size < size:
+        known[dtype] = np.empty(size, dtype)
+    return known[dtype][:size].reshape(shape)

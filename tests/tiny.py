@@ -12,6 +12,9 @@ from torch.utils.data import TensorDataset
 
 import influence_pipeline as ip
 from influence_pipeline import plan
+from influence_pipeline.cache import Group
+from influence_pipeline.cache.writing import BlockWriting
+from stages.stage import Block
 
 ROWS, TESTS, SCORED = 16, 4, 4
 """Rows of a block of gradients, of solutions and of scores after :func:`shrink_blocks`."""
@@ -71,3 +74,10 @@ def blocks(cache: Path) -> set[tuple[str, ...]]:
         for index in np.argwhere(records.any(axis=-1)).tolist():
             found.add((path.parent.parent.name, path.parent.name, *map(str, index)))
     return found
+
+
+def commit(group: Group, block: Block, values: dict[str, np.ndarray], *digests: bytes, **options: bytes) -> bool:
+    """Write a block of which all values are there."""
+    with BlockWriting(group, block) as writing:
+        writing.add(values)
+        return group.commit(block, writing, *digests, **options)

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stages.stage import Array
+from stages.threads import own_memory
 
 if TYPE_CHECKING:
     import torch
 
 TOP = 15
 """Rows are scaled so that their largest magnitude is in [2¹⁴, 2¹⁵): within half precision, far from its underflow."""
-BELOW_TOP = np.nextafter(np.float16(2**TOP), np.float16(0))
+BELOW_TOP = float(np.nextafter(np.float16(2**TOP), np.float16(0)))
 LIMIT = 126
 """Scales are within 2^±126, so that they and their inverses are normal float32 numbers."""
 GROUP = 128
@@ -51,8 +52,8 @@ def scales(rows_nD: Array, encoding: str) -> Array:
     return np.where(largest == 0, np.float32(1), scale)
 
 
-def kept(rows_nD: Array, scale_ng: Array, encoding: str, start: int = 0) -> Array:
-    """Return some columns of rows as they are kept.
+def scaled(rows_nD: Array, scale_ng: Array, encoding: str, start: int = 0) -> Array:
+    """Return some columns of rows times their factors, float32, in this thread's own memory; converted, it is kept.
 
     Args:
         rows_nD: float32, finite.
@@ -62,21 +63,32 @@ def kept(rows_nD: Array, scale_ng: Array, encoding: str, start: int = 0) -> Arra
     """
     import torch
 
-    scaled = torch.from_numpy(np.ascontiguousarray(rows_nD)) * _of_columns(scale_ng, start, rows_nD.shape[1])
+    found_nD = own_memory(rows_nD.shape, np.dtype(np.float32))
+    out = torch.from_numpy(found_nD)
+    torch.mul(torch.from_numpy(rows_nD), _of_columns(scale_ng, start, rows_nD.shape[1]), out=out)
     if encoding == "int8":
-        return scaled.round_().to(torch.int8).numpy()
-    found: Array = scaled.half().numpy()
-    if scale_ng.min(initial=1) <= 2.0 ** (TOP - 128):
+        out.round_()
+    elif scale_ng.min(initial=1) <= 2.0 ** (TOP - 128):
         # Rounded up, the largest float32 numbers would come back as infinity.
-        np.clip(found, -BELOW_TOP, BELOW_TOP, out=found)
-    return found
+        out.clamp_(-BELOW_TOP, BELOW_TOP)
+    return found_nD
+
+
+def convert(values: Array, out: Array) -> None:
+    """Copy values to an array of another type, perhaps."""
+    if values.dtype == out.dtype:
+        np.copyto(out, values)
+        return
+    import torch
+
+    torch.from_numpy(out).copy_(torch.from_numpy(values))
 
 
 def decode_into(kept_nD: Array, scale_ng: Array | None, start: int, out_nD: Array) -> None:
     """Put some columns of rows that were kept into their place as float32.
 
     Args:
-        kept_nD: as :func:`kept` gives it, or float32.
+        kept_nD: as it is kept, or float32.
         scale_ng: the factors of whole rows; None for float32.
         start: the position of the first column.
         out_nD: float32.
@@ -108,5 +120,7 @@ def round_trip(rows_nD: Array, encoding: str) -> Array:
     if encoding not in SCALED:
         return rows_nD
     scale_ng, found = scales(rows_nD, encoding), np.empty_like(rows_nD)
-    decode_into(kept(rows_nD, scale_ng, encoding), scale_ng, 0, found)
+    kept_nD = np.empty(rows_nD.shape, encoding)
+    convert(scaled(rows_nD, scale_ng, encoding), kept_nD)
+    decode_into(kept_nD, scale_ng, 0, found)
     return found

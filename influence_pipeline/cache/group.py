@@ -14,7 +14,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import zarr
 
 from influence_pipeline.cache import claims
 from influence_pipeline.cache.claims import Claim
-from influence_pipeline.cache.encoding import SCALED, kept, scales
 from influence_pipeline.cache.layout import (
     DESCRIPTION,
     FINISHED,
@@ -38,9 +37,10 @@ from influence_pipeline.cache.layout import (
 )
 from influence_pipeline.cache.record import NOTHING, FileSum, Record, digest
 from influence_pipeline.cache.stored import DecodedRows, StoredArray
-from influence_pipeline.cache.tiles import Region, Tiles
+from influence_pipeline.cache.writing import ArrayWriting, BlockWriting
 from influence_pipeline.errors import CacheDamaged, WorkError
-from stages.stage import Array, ArrayLike, ArraySpec, Block
+from stages.stage import Array, ArrayLike, Block
+from stages.threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +292,7 @@ class Group:
         try:
             return claims.take(self._claim_path(block))
         except OSError as error:
-            raise self._refused(f"block {block.index}", error) from error
+            raise self.refused(f"block {block.index}", error) from error
 
     def claimed(self, block: Block) -> str | None:
         """Say who is at work on a block, None where nobody is."""
@@ -314,7 +314,7 @@ class Group:
             with claims.exclusively(self.path / RECORDS / "finished.claim"):
                 yield
         except OSError as error:
-            raise self._refused("what is merged of its blocks", error) from error
+            raise self.refused("what is merged of its blocks", error) from error
 
     def _claim_path(self, block: Block) -> Path:
         return self.path / RECORDS / f"{'.'.join(map(str, block.index))}.claim"
@@ -322,35 +322,37 @@ class Group:
     def commit(
         self,
         block: Block,
-        values: Mapping[str, Array],
+        writing: BlockWriting,
         samples: bytes = NOTHING,
         inputs: bytes = NOTHING,
         claim: Claim | None = None,
     ) -> bool:
-        """Write what a block computed, its record last.
+        """Put what a block computed into its place, its record last.
 
         Args:
             block: which.
-            values: of every array.
+            writing: that has all of its values.
             samples: digest of its samples.
             inputs: digest of whatever else it read.
             claim: under which it was computed.
 
         Returns:
-            Whether it was written; it is not where another process took the block over meanwhile.
+            Whether it was kept; it is not where another process took the block over meanwhile.
 
         Raises:
             WorkError: the disk refused, or the group is gone; the block does not exist then.
         """
         try:
+            arrays = writing.finish()
             if self._taken_over(block, claim):
                 return False
-            self.tidy(block)
             self.discard(block)
-            self._remove(self.layout.block_files(block))
-            for spec in self.layout.arrays:
-                self._write(spec, spec.region(self.layout.grid, block), values[spec.name])
-            files = [self._sum(name) for name in self.layout.block_files(block)]
+            names = self.layout.block_files(block)
+            known: dict[Path, FileSum] = {}
+            self._remove(names)
+            for array in arrays:
+                known |= array.appear()
+            files = [known.get(self.path / name) or self._sum(name) for name in names]
             if self._taken_over(block, claim):
                 return False
             self.zarr_array(RECORDS)[block.index] = Record.new(block.rows, samples, inputs, files).to_bytes()
@@ -359,7 +361,7 @@ class Group:
                 if self._taken_over(block, claim):
                     # Whoever took it over removed what was half written here.
                     return False
-            raise self._refused(f"block {block.index}", error) from error
+            raise self.refused(f"block {block.index}", error) from error
         return True
 
     def _taken_over(self, block: Block, claim: Claim | None) -> bool:
@@ -401,7 +403,7 @@ class Group:
             adopted = Record(record.rows, samples, record.inputs, record.content, files)
             self.zarr_array(RECORDS)[block.index] = adopted.to_bytes()
         except OSError as error:
-            raise self._refused("digests", error) from error
+            raise self.refused("digests", error) from error
 
     def commit_merged(self, values: Mapping[str, Array]) -> None:
         """Write what was merged, its record last.
@@ -413,11 +415,16 @@ class Group:
             self.tidy(None)
             self.discard(None)
             self._remove(self.layout.merged_files())
-            for spec in self.layout.merged:
-                self._write(spec, tuple(slice(0, n) for n in spec.shape), values[spec.name])
+            with ExitStack() as left, Threads() as pool:
+                for spec in self.layout.merged:
+                    writing = ArrayWriting(self, spec, tuple(slice(0, n) for n in spec.shape), pool)
+                    left.callback(writing.abandon)
+                    writing.add(values[spec.name])
+                    writing.finish()
+                    writing.appear()
             self._record_merged()
         except OSError as error:
-            raise self._refused("what is merged of its blocks", error) from error
+            raise self.refused("what is merged of its blocks", error) from error
 
     def _record_merged(self) -> None:
         inputs = self.contents(self.layout.grid)
@@ -433,23 +440,6 @@ class Group:
         """Remove files before they are written: zarr reads what is there into a file that it fills in part."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
-
-    def _write(self, spec: ArraySpec, region: Region, values: Array) -> None:
-        """Write what a block has of an array, encoded; the factors of its rows, too."""
-        target, scale = self.zarr_array(spec.name), None
-        values = np.asarray(values, dtype=spec.dtype)
-        if spec.encoding in SCALED:
-            scale = scales(values, spec.encoding)
-            self._write(self.layout.scale(spec), (region[0], slice(0, scale.shape[1])), scale)
-
-        def encoded(cell: Region) -> Array:
-            part = tuple(slice(c.start - r.start, c.stop - r.start) for c, r in zip(cell, region, strict=True))
-            return values[part] if scale is None else kept(values[part], scale[part[0]], spec.encoding, cell[1].start)
-
-        if target.shards:
-            Tiles(self.path / spec.name, target).write(region, encoded, threads())
-        else:
-            target[region if region else ...] = encoded(region)
 
     def tidy(self, block: Block | None) -> None:
         """Remove what a killed process left half written of a block, or of what is merged; only under its claim."""
@@ -470,7 +460,8 @@ class Group:
                         index = None if stem == "finished" else tuple(int(part) for part in stem.split("."))
                         self.tidy(None if index is None else self.layout.grid.block(index))
 
-    def _refused(self, what: str, error: OSError) -> WorkError:
+    def refused(self, what: str, error: OSError) -> WorkError:
+        """Make the error for what the disk refused."""
         return WorkError(f"{self.path}: {what} could not be written: {error}. Finished blocks are kept")
 
     def _lengths(self) -> bytes:
@@ -553,13 +544,6 @@ class Group:
                 (aside / "stage" / path.name / name / DESCRIPTION).replace(path / name / DESCRIPTION)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-
-
-def threads() -> int:
-    """Return how many threads encode and compress: as many as compute."""
-    import torch
-
-    return int(torch.get_num_threads())
 
 
 def _describes(attributes: Mapping[str, Any]) -> bool:

@@ -8,12 +8,14 @@ the tiles that it needs, decodes each into place, and shares nothing with other 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,22 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
+from influence_pipeline.cache.encoding import convert
 from stages.stage import Array
+from stages.threads import Threads, own_memory
 
 Region = tuple[slice, ...]
+Part = Callable[[Region], Array]
+"""Gives some columns of rows of a region, to be converted to what is kept, until the next call of this thread."""
+Encode = Callable[[Array, int], Part]
+"""Takes rows, and the position of the first in the region that is filled."""
 EMPTY = 2**64 - 1
 """Offset and length of a tile that was never written."""
 CHECKSUM_BYTES = 4
-
-_scratch = threading.local()
+CHUNK = 2**20
+"""Entries that a thread encodes at once: they stay in its core's cache from the first look to the last."""
+AHEAD = 2
+"""Bands of tiles that may wait for the threads."""
 
 
 class Tiles:
@@ -40,60 +50,13 @@ class Tiles:
         self.dtype: np.dtype[Any] = array.dtype
         self.file_shape: tuple[int, ...] = array.shards
         self.tile_shape: tuple[int, ...] = array.chunks
-        self._folder, self._fill = folder, array.fill_value
-        self._counts = tuple(f // t for f, t in zip(self.file_shape, self.tile_shape, strict=True))
-        self._shuffle = blosc.SHUFFLE if self.dtype.itemsize > 1 else blosc.NOSHUFFLE
+        self.fill = array.fill_value
+        self.counts = tuple(f // t for f, t in zip(self.file_shape, self.tile_shape, strict=True))
+        self._folder = folder
 
     def path(self, number: Sequence[int]) -> Path:
         """Return the path of a file by its position in the grid of files."""
         return self._folder.joinpath("c", *map(str, number))
-
-    # ---- writing -------------------------------------------------------------------------------------------------
-
-    def write(self, region: Region, encoded: Callable[[Region], Array], threads: int) -> None:
-        """Write all files that a region fills; it begins where files do.
-
-        Args:
-            region: of the array.
-            encoded: gives any part of the region as it is kept, called from several threads.
-            threads: that encode and compress.
-
-        Raises:
-            OSError: the disk refused; files are whole or not there.
-        """
-        with ThreadPoolExecutor(threads) as pool:
-            for number, part in _cells(region, self.file_shape):
-                inside = [cell for _, cell in _cells(part, self.tile_shape)]
-                self._write_file(self.path(number), part, list(pool.map(lambda c: self._packed(c, encoded), inside)))
-
-    def _packed(self, cell: Region, encoded: Callable[[Region], Array]) -> bytes:
-        values = encoded(cell)
-        if values.shape != self.tile_shape:  # tiles are whole; what is beyond the end of the array is fill values
-            whole = np.full(self.tile_shape, self._fill, self.dtype)
-            whole[tuple(slice(0, n) for n in values.shape)] = values
-            values = whole
-        values = np.ascontiguousarray(values, self.dtype)
-        packed: bytes = blosc.compress(values, b"lz4", 5, self._shuffle)
-        return packed + _checksum(packed)
-
-    def _write_file(self, path: Path, part: Region, tiles: list[bytes]) -> None:
-        index = np.full((*self._counts, 2), EMPTY, "<u8")
-        offset = 0
-        spans = [range(math.ceil((p.stop - p.start) / t)) for p, t in zip(part, self.tile_shape, strict=True)]
-        for position, tile in zip(itertools.product(*spans), tiles, strict=True):
-            index[position] = offset, len(tile)
-            offset += len(tile)
-        raw = index.tobytes()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with open(aside, "wb") as file:
-                for piece in (*tiles, raw, _checksum(raw)):
-                    file.write(piece)
-            aside.replace(path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -115,10 +78,10 @@ class Tiles:
         """
         for number, part in _cells(region, self.file_shape):
             try:
-                with open(self.path(number), "rb") as file:
+                with open(self.path(number), "rb", buffering=0) as file:
                     index = self._index(file)
                     for position, cell in _cells(part, self.tile_shape):
-                        inside = tuple(p % n for p, n in zip(position, self._counts, strict=True))
+                        inside = tuple(p % n for p, n in zip(position, self.counts, strict=True))
                         tile = self._tile(file, *map(int, index[inside]), strict=strict)
                         corner = [p * t for p, t in zip(position, self.tile_shape, strict=True)]
                         piece = tile[tuple(slice(c.start - o, c.stop - o) for c, o in zip(cell, corner, strict=True))]
@@ -126,7 +89,7 @@ class Tiles:
             except FileNotFoundError:
                 if strict:
                     raise
-                out[_within(part, region)] = self._fill
+                out[_within(part, region)] = self.fill
 
     def _index(self, file: Any) -> Array:
         """Read where the tiles of a file are.
@@ -134,13 +97,13 @@ class Tiles:
         Raises:
             ValueError: it is damaged.
         """
-        size = 16 * math.prod(self._counts) + CHECKSUM_BYTES
+        size = 16 * math.prod(self.counts) + CHECKSUM_BYTES
         length = file.seek(0, 2)
         file.seek(max(0, length - size))
         raw = file.read(size)
         if len(raw) != size or raw[-CHECKSUM_BYTES:] != _checksum(raw[:-CHECKSUM_BYTES]):
             raise ValueError(f"{file.name}: where its tiles are is damaged")
-        return np.frombuffer(raw[:-CHECKSUM_BYTES], "<u8").reshape(*self._counts, 2)
+        return np.frombuffer(raw[:-CHECKSUM_BYTES], "<u8").reshape(*self.counts, 2)
 
     def _tile(self, file: Any, offset: int, length: int, *, strict: bool) -> Array:
         """Read one tile into this thread's own memory, where it stays until the next.
@@ -151,24 +114,206 @@ class Tiles:
         if offset == length == EMPTY:
             if strict:
                 raise ValueError(f"{file.name}: a tile was never written")
-            return np.full(self.tile_shape, self._fill, self.dtype)
+            return np.full(self.tile_shape, self.fill, self.dtype)
         file.seek(offset)
-        raw = file.read(length)
-        if len(raw) != length or raw[-CHECKSUM_BYTES:] != _checksum(raw[:-CHECKSUM_BYTES]):
+        raw = file.read(max(0, length - CHECKSUM_BYTES))
+        if len(raw) != length - CHECKSUM_BYTES or file.read(CHECKSUM_BYTES) != _checksum(raw):
             raise ValueError(f"{file.name}: a tile is damaged")
-        tile = _own_memory(self.tile_shape, self.dtype)
+        tile = own_memory(self.tile_shape, self.dtype)
         if int.from_bytes(raw[4:8], "little") != tile.nbytes:  # as Blosc's header has it
             raise ValueError(f"{file.name}: a tile has another size")
-        blosc.decompress(raw[:-CHECKSUM_BYTES], tile)
+        blosc.decompress(raw, tile)
         return tile
 
 
-def _own_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return an array of this thread's, the same one each time: new memory costs more than decoding into it."""
-    known: Array | None = getattr(_scratch, "tile", None)
-    if known is None or known.shape != shape or known.dtype != dtype:
-        known = _scratch.tile = np.empty(shape, dtype)
-    return known
+@dataclass
+class _Band:
+    """Tiles side by side: rows from ``start``, at most as many as a tile has."""
+
+    start: int
+    stop: int
+    tiles: list[Array]
+    rows: list[Future[None]] = field(default_factory=list)
+
+
+class Filling:
+    """A region of the files while it is written: rows come part by part, and are encoded behind the caller's back.
+
+    All files appear at once, when all rows are there. Errors of the threads are raised by whatever is called next.
+    """
+
+    def __init__(self, tiles: Tiles, region: Region, encode: Encode, pool: Threads) -> None:
+        """Begin with the first row of a region, which begins where files do.
+
+        Args:
+            tiles: the files.
+            region: of the array, of two dimensions at least.
+            encode: called from several threads.
+            pool: threads that each compute on one core, and begin what they are given in order.
+        """
+        self._tiles, self._region, self._encode, self._pool = tiles, region, encode, pool
+        self._columns = [cell for _, cell in _cells(region[1:], tiles.tile_shape[1:])]
+        self._runs = _runs(self._columns)
+        self._next = region[0].start
+        self._band: _Band | None = None
+        self._pending: deque[Future[Any]] = deque()
+        self._bands: deque[Future[None]] = deque()
+        self._free: list[list[Array]] = []
+        self._files: dict[tuple[int, ...], _File] = {}
+
+    def add(self, values: Array) -> None:
+        """Take the next rows, which must not change any more.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        share = max(1, math.ceil(len(values) / self._pool.count))
+        start = 0
+        while start < len(values):
+            band = self._band = self._band or self._open()
+            part = values[start : start + min(share, band.stop - self._next)]
+            placed = self._pool.submit(self._place, band, self._next, part)
+            self._pending.append(placed)
+            band.rows.append(placed)
+            start += len(part)
+            self._next += len(part)
+            if self._next == band.stop:
+                self._close(band)
+                self._band = None
+        while len(self._pending) > 2 * self._pool.count:
+            self._pending.popleft().result()
+
+    def finish(self) -> None:
+        """Complete the files, aside.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        assert self._next == self._region[0].stop, "rows are missing"
+        while self._bands:
+            self._bands.popleft().result()
+        for file in self._files.values():
+            file.finish()
+
+    def appear(self) -> dict[Path, tuple[int, int]]:
+        """Have the files appear; return the length and the CRC-32C of each.
+
+        Raises:
+            OSError: the disk refused, or they were removed meanwhile.
+        """
+        for file in self._files.values():
+            file.aside.replace(file.path)
+        return {file.path: (file.length, file.checksum) for file in self._files.values()}
+
+    def abandon(self) -> None:
+        """Remove what is written; no thread may be at work on it."""
+        for file in self._files.values():
+            file.abandon()
+
+    def _open(self) -> _Band:
+        while len(self._bands) >= AHEAD:
+            self._bands.popleft().result()
+        height = self._tiles.tile_shape[0]
+        start = self._next
+        stop = min(self._region[0].stop, (start // height + 1) * height)
+        tiles = (
+            self._free.pop()
+            if self._free
+            else [np.empty(self._tiles.tile_shape, self._tiles.dtype) for _ in self._columns]
+        )
+        for tile, cell in zip(tiles, self._columns, strict=True):
+            if (stop - start, *(c.stop - c.start for c in cell)) != self._tiles.tile_shape:
+                tile.fill(self._tiles.fill)  # what is beyond the end of the array
+        return _Band(start, stop, tiles)
+
+    def _place(self, band: _Band, first: int, values: Array) -> None:
+        """Encode some rows of a band into its tiles."""
+        step = max(1, CHUNK * len(values) // max(1, values.size))
+        for start in range(0, len(values), step):
+            rows = values[start : start + step]
+            inside = slice(first + start - band.start, first + start - band.start + len(rows))
+            encoded = self._encode(rows, first + start - self._region[0].start)
+            for columns, cells in self._runs:
+                part = encoded(_within(columns, self._region[1:]))
+                for number, cell in cells:
+                    where = tuple(slice(0, c.stop - c.start) for c in cell)
+                    convert(part[(slice(None), *_within(cell, columns))], band.tiles[number][(inside, *where)])
+
+    def _close(self, band: _Band) -> None:
+        packed = [self._pool.submit(self._packed, band, tile) for tile in band.tiles]
+        self._pending += packed
+        before = self._bands[-1] if self._bands else None
+        self._bands.append(self._pool.submit(self._append, band, packed, before))
+
+    def _packed(self, band: _Band, tile: Array) -> bytes:
+        for placed in band.rows:
+            placed.result()
+        shuffle = blosc.SHUFFLE if tile.itemsize > 1 else blosc.NOSHUFFLE
+        packed: bytes = blosc.compress(tile, b"lz4", 5, shuffle)
+        return packed
+
+    def _append(self, band: _Band, packed: list[Future[bytes]], before: Future[None] | None) -> None:
+        """Write a band's tiles behind those of the band before."""
+        if before is not None:
+            before.result()
+        shapes = zip(self._tiles.file_shape, self._tiles.tile_shape, strict=True)
+        sizes = list(shapes)
+        for cell, tile in zip(self._columns, packed, strict=True):
+            at = (band.start, *(c.start for c in cell))
+            number = tuple(a // f for a, (f, _) in zip(at, sizes, strict=True))
+            position = tuple(a % f // t for a, (f, t) in zip(at, sizes, strict=True))
+            if number not in self._files:
+                self._files[number] = _File(self._tiles.path(number), self._tiles.counts)
+            self._files[number].append(position, tile.result())
+        self._free.append(band.tiles)
+
+
+def _runs(cells: list[Region]) -> list[tuple[Region, list[tuple[int, Region]]]]:
+    """Join cells side by side, as far as they are few enough columns to be encoded at once; with their numbers."""
+    found: list[tuple[Region, list[tuple[int, Region]]]] = []
+    for number, cell in enumerate(cells):
+        if found and len(cell) == 1 and cell[0].stop - found[-1][0][0].start <= CHUNK:
+            (columns,), inside = found.pop()
+            found.append(((slice(columns.start, cell[0].stop),), [*inside, (number, cell)]))
+        else:
+            found.append((cell, [(number, cell)]))
+    return found
+
+
+class _File:
+    """A file while it is written, aside."""
+
+    def __init__(self, path: Path, counts: tuple[int, ...]) -> None:
+        self.path, self.length, self.checksum = path, 0, 0
+        self.aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        self._index = np.full((*counts, 2), EMPTY, "<u8")
+        for folder in reversed(path.parents[: len(counts)]):  # not what they are in: that may have been removed
+            folder.mkdir(exist_ok=True)
+        self._file = open(self.aside, "wb", buffering=0)  # noqa: SIM115 - closed by finish or abandon
+
+    def append(self, position: tuple[int, ...], packed: bytes) -> None:
+        self._index[position] = self.length, len(packed) + CHECKSUM_BYTES
+        self._write(packed)
+        self._write(_checksum(packed))
+
+    def finish(self) -> None:
+        raw = self._index.tobytes()
+        self._write(raw)
+        self._write(_checksum(raw))
+        self._file.close()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self.aside.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+        self.length += len(data)
+        self.checksum = int(google_crc32c.extend(self.checksum, data))
 
 
 def _cells(region: Region, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Region]]:

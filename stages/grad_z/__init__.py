@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,22 @@ from stages.stage import (
 
 PROBES = 8
 """Samples on which techniques and neighbours are compared before the first block."""
+
+
+class Rows(NamedTuple):
+    """Per-sample gradients of one batch.
+
+    Attributes:
+        batch: the samples.
+        grads: (B, D).
+        values: (B,), what is differentiated.
+        norms: (B,), Euclidean, of the gradients.
+    """
+
+    batch: Batch
+    grads: Tensor
+    values: Tensor
+    norms: Tensor
 
 
 @dataclass
@@ -74,8 +91,8 @@ class PerSample:
                     "the loss does not depend on these parameters, or the model is dead there"
                 )
 
-    def rows(self, ids: Sequence[int]) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """Yield, a batch at a time, the batch, its gradients (B, D) and its values (B,).
+    def rows(self, ids: Sequence[int]) -> Iterator[Rows]:
+        """Yield the gradients of samples, a batch at a time.
 
         Raises:
             StageError: a gradient or a value is not finite, or the model raised; the message names the samples.
@@ -88,20 +105,19 @@ class PerSample:
             for batch in batches:
                 with naming(f"at samples {ids[start]} to {ids[min(start + self.batch_size, len(ids)) - 1]}"):
                     grads, values = self._technique(self.function, self.values, batch)
-                refuse_infinite(grads, values, ids[start : start + len(grads)])
-                yield batch, grads, values
+                found = refuse_infinite(grads, values, ids[start : start + len(grads)])
+                yield Rows(batch, grads, values, found)
                 start += len(grads)
 
 
-def refuse_infinite(grads: Tensor, values: Tensor, ids: Sequence[int]) -> None:
-    """Refuse gradients (B, D) or values (B,) that are no numbers.
+def refuse_infinite(grads: Tensor, values: Tensor, ids: Sequence[int]) -> Tensor:
+    """Refuse gradients (B, D) or values (B,) that are no numbers; return the norms (B,) of what are.
 
     Raises:
         StageError: with the samples.
     """
-    if torch.isfinite(torch.linalg.vector_norm(grads, dim=1)).all() and torch.isfinite(values).all():
-        return  # one pass over the gradients, where looking at each entry takes several
-    good = torch.isfinite(grads).all(dim=1) & torch.isfinite(values)
+    found = norms(grads)
+    good = torch.isfinite(found) & torch.isfinite(values)
     if not good.all():
         bad = [ids[int(i)] for i in torch.nonzero(~good).flatten()]
         raise StageError(
@@ -109,6 +125,15 @@ def refuse_infinite(grads: Tensor, values: Tensor, ids: Sequence[int]) -> None:
             f"{', '.join(map(str, bad[:10]))}{', …' * (len(bad) > 10)}: look at their inputs and losses "
             "(a log of zero, a division, an overflow), or leave them out of the data set"
         )
+    return found
+
+
+def norms(rows_BD: Tensor) -> Tensor:
+    """Return the Euclidean norm of each row, (B,); in double precision where squares are beyond single precision."""
+    found: Tensor = torch.linalg.vector_norm(rows_BD, dim=1)
+    if rows_BD.dtype != torch.float32 or not ((found > 1e-12) & (found < 1e12)).all():
+        found = torch.linalg.vector_norm(rows_BD, dim=1, dtype=torch.float64)
+    return found
 
 
 class GradZ(Stage):
@@ -142,28 +167,22 @@ class GradZ(Stage):
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Compute the gradients of one band of samples."""
-        ids = block.ids("sample")
-        grads = np.empty((len(ids), self.per_sample.function.size), np.float32)
-        norm, loss = np.empty(len(ids), np.float32), np.empty(len(ids), np.float32)
-        label = np.empty(len(ids), np.float64)
-        start = 0
-        for batch, rows, values in self.per_sample.rows(ids):
-            part = slice(start, start + len(rows))
-            torch.from_numpy(grads[part]).copy_(rows)
-            norm[part] = norms(rows).cpu().numpy()
-            loss[part] = values.to("cpu", torch.float32).numpy()
-            label[part] = labels(self.per_sample.function, batch, len(rows))
-            start = part.stop
-            report(Progress(start, len(ids), "gradients"))
-        return {"gradients": grads, "norm": norm, "loss": loss, "label": label}
+        parts = list(self.parts(block, report))
+        return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in self.arrays}
 
-
-def norms(rows_BD: Tensor) -> Tensor:
-    """Return the Euclidean norm of each row, (B,); in double precision where squares are beyond single precision."""
-    found: Tensor = torch.linalg.vector_norm(rows_BD, dim=1)
-    if rows_BD.dtype != torch.float32 or not ((found > 1e-12) & (found < 1e12)).all():
-        found = torch.linalg.vector_norm(rows_BD, dim=1, dtype=torch.float64)
-    return found
+    def parts(self, block: Block, report: Report = silent) -> Iterator[dict[str, Array]]:
+        """Compute the gradients of one band of samples, a batch at a time."""
+        ids, done = block.ids("sample"), 0
+        for found in self.per_sample.rows(ids):
+            count = len(found.grads)
+            done += count
+            yield {
+                "gradients": found.grads.to("cpu", torch.float32).numpy(),
+                "norm": found.norms.cpu().numpy().astype(np.float32),
+                "loss": found.values.to("cpu", torch.float32).numpy(),
+                "label": labels(self.per_sample.function, found.batch, count),
+            }
+            report(Progress(done, len(ids), "gradients"))
 
 
 def labels(function: ModelFunction, batch: Batch, count: int) -> Array:

@@ -87,10 +87,10 @@ class STest(Stage):
         found: dict[str, list[Array]] = {spec.name: [] for spec in self.arrays}
         for start in range(0, len(ids), self.rows_at_once):
             rhs, values = [], []
-            for batch, grads, measured in self.per_sample.rows(ids[start : start + self.rows_at_once]):
-                rhs.append(grads)
-                values.append(measured)
-                found["label"].append(labels(self.curvature.function, batch, len(grads)))
+            for rows in self.per_sample.rows(ids[start : start + self.rows_at_once]):
+                rhs.append(rows.grads)
+                values.append(rows.values)
+                found["label"].append(labels(self.curvature.function, rows.batch, len(rows.grads)))
             solution = self._solve(torch.cat(rhs), report)
             found["vectors"].append(solution.vectors.to("cpu", torch.float32).numpy())
             found["residual"].append(solution.residual.cpu().numpy())

@@ -32,6 +32,7 @@ import torch
 import influence_pipeline as ip
 import influence_pipeline.checks
 from influence_pipeline.cache import Group, claims
+from influence_pipeline.cache.writing import ArrayWriting
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +123,7 @@ def prepare(events: str | None = None, expiry: float | None = None, pause: float
     if expiry is not None:
         claims.EXPIRY = expiry
     if pause:
-        _patch(Group, "_write", lambda write: lambda *args: (time.sleep(pause), write(*args))[1])
+        _patch(ArrayWriting, "appear", lambda appear: lambda writing: (time.sleep(pause), appear(writing))[1])
     if events is not None:
         _report(os.open(events, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
 

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import influence_pipeline as ip
 from influence_pipeline import room
 from influence_pipeline.cache import Cache, Group
+from influence_pipeline.cache.writing import ArrayWriting
 from influence_pipeline.cli import app
 from influence_pipeline.plan import show_bytes
 from stages.influence import Influence
@@ -580,17 +581,18 @@ class Acting(Dataset[Any]):
 
 
 def remove(folder: Path) -> None:
-    shutil.rmtree(folder)
+    while folder.exists():  # what is being written meanwhile makes it fail
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_from_another_thread(folder: Path) -> None:
-    thread = threading.Thread(target=shutil.rmtree, args=(folder,))
+    thread = threading.Thread(target=remove, args=(folder,))
     thread.start()
     thread.join()
 
 
 def has_blocks(cache: Path, stage: str, count: int) -> bool:
-    return len(list(cache.glob(f"{stage}/*/blocks/c/*/0"))) == count
+    return len(list(cache.glob(f"{stage}/*/blocks/c/*/0"))) >= count
 
 
 def gone(make: Callable[[], ip.Pipeline], cache: Path, computed: Computed, finished: Path) -> None:
@@ -604,8 +606,8 @@ def gone(make: Callable[[], ip.Pipeline], cache: Path, computed: Computed, finis
 
 
 @pytest.mark.parametrize(("data", "position", "stage", "count", "remover"), [
-    ("train", 0, "grad_z", 0, remove), ("train", 40, "grad_z", 2, remove_from_another_thread),
-    ("train", 59, "grad_z", 4, remove), ("tests", 6, "s_test", 1, remove_from_another_thread),
+    ("train", 0, "grad_z", 0, remove), ("train", 40, "grad_z", 1, remove_from_another_thread),
+    ("train", 59, "grad_z", 4, remove), ("tests", 9, "s_test", 1, remove_from_another_thread),
 ])  # fmt: skip
 def test_a_cache_that_goes_away_while_samples_are_read(
     make: Make,
@@ -674,15 +676,15 @@ def test_a_cache_that_goes_away_while_a_block_is_written(
     whole: bool,
 ) -> None:
     calls: list[None] = []
-    written = Group._write
+    appear = ArrayWriting.appear
 
-    def counted(group: Group, *args: Any) -> None:
+    def counted(writing: ArrayWriting) -> Any:
         calls.append(None)
         if len(calls) == write + 1:
-            remove(cache if whole else group.path)
-        written(group, *args)
+            remove(cache if whole else writing.group.path)
+        return appear(writing)
 
-    monkeypatch.setattr(Group, "_write", counted)
+    monkeypatch.setattr(ArrayWriting, "appear", counted)
     gone(make, cache, computed, finished)
     goes_on(make, cache, computed, tiny.blocks(cache) if cache.exists() else set())
     assert tiny.files(cache) == tiny.files(finished)

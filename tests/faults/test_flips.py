@@ -116,7 +116,7 @@ def test_verify_with_a_sample_finds_numbers_that_were_wrong_when_they_were_writt
     }
     row = values["gradients"][3]
     row[np.abs(row).argmax()] *= -1  # one bit
-    group.commit(block, values, record.samples, record.inputs)
+    tiny.commit(group, block, values, record.samples, record.inputs)
     assert make().verify().exit_code == 0
     found = make().verify(sample=60)
     assert found.exit_code == 2

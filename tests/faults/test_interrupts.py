@@ -37,7 +37,7 @@ import signal
 import time
 from pathlib import Path
 
-from influence_pipeline.cache import Group
+from influence_pipeline.cache.writing import ArrayWriting
 from stages.influence import Influence
 from stages.s_test import STest
 from stages.s_test.prepare import Prepare
@@ -76,12 +76,12 @@ if MOMENT:
     before(Influence, "compute", "influence", lambda stage, block, *args: block.index == (1, 1))
     before(Influence, "finish", "merging", lambda stage, *args: True)
     before(
-        Group, "_write", "writing",
-        lambda group, spec, region, values: spec.name == "norm" and region[0].start == 16, 1.0,
+        ArrayWriting, "appear", "writing",
+        lambda writing: writing.spec.name == "norm" and writing.region[0].start == 16, 1.0,
     )
     before(
-        Group, "_write", "writing scores",
-        lambda group, spec, region, values: spec.name == "part_sum" and region[1].start == 16, 1.0,
+        ArrayWriting, "appear", "writing scores",
+        lambda writing: writing.spec.name == "part_sum" and writing.region[1].start == 16, 1.0,
     )
 
 
@@ -343,7 +343,11 @@ def test_an_interrupted_run_ends_at_once_keeps_its_blocks_and_goes_on(
     assert outcome.left == []
     assert outcome.claims == []
     kept, expected = tuple(goes_on(outcome, finished).values()), KEPT[case.moment]
-    if case.workers == 1 or case.moment in {"starting workers", "loading in a worker"}:
+    if case.workers == 1 and case.moment in {"writing", "writing scores"}:
+        # The next block may be waiting to be written, too.
+        more = [k - e for k, e in zip(kept, expected, strict=True)]
+        assert sorted(more) in ([0, 0, 0, 0], [0, 0, 0, 1])
+    elif case.workers == 1 or case.moment in {"starting workers", "loading in a worker"}:
         assert kept == expected
     else:
         assert kept[: case.there] == expected[: case.there]

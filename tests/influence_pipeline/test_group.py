@@ -270,7 +270,7 @@ def values(rows: range) -> dict[str, np.ndarray]:
 
 def fill(group: Group, of: Layout) -> None:
     for block in of.grid:
-        group.commit(block, values(block.ids("sample")))
+        tiny.commit(group, block, values(block.ids("sample")))
 
 
 ATTRIBUTES: dict[str, Any] = {"stage": "grad_z", "tests": None, "reads": {}, "identity": {}}
@@ -285,7 +285,7 @@ def test_a_block_without_a_record_does_not_exist(group: Group) -> None:
     assert not any(group.valid(block) for block in layout(10).grid)
     assert group.progress() == (0, 3)
     block = layout(10).grid.block((1,))
-    group.commit(block, values(range(4, 8)))
+    tiny.commit(group, block, values(range(4, 8)))
     assert [group.valid(block) for block in layout(10).grid] == [False, True, False]
     assert group.progress() == (1, 3)
     group.zarr_array("blocks")[1] = 0
@@ -294,7 +294,7 @@ def test_a_block_without_a_record_does_not_exist(group: Group) -> None:
 
 def test_a_block_of_other_inputs_does_not_exist(group: Group) -> None:
     block = layout(10).grid.block((0,))
-    group.commit(block, values(range(4)), inputs=b"a" * 16)
+    tiny.commit(group, block, values(range(4)), inputs=b"a" * 16)
     assert group.valid(block, inputs=b"a" * 16)
     assert not group.valid(block, inputs=b"b" * 16)
 
@@ -321,12 +321,12 @@ def test_a_block_that_could_not_be_written_again_does_not_exist(
     with monkeypatch.context() as patch:
         patch.setattr(group, "zarr_array", lambda name: Full() if name == fails_at else array(name))
         with pytest.raises(ip.WorkError, match="No space left on device"):
-            group.commit(block, values(range(4, 8)))
+            tiny.commit(group, block, values(range(4, 8)))
     assert [group.valid(block) for block in layout(10).grid] == [True, False, True]
 
 
 def test_what_was_never_written_reads_as_an_error(group: Group) -> None:
-    group.commit(layout(10).grid.block((0,)), values(range(4)))
+    tiny.commit(group, layout(10).grid.block((0,)), values(range(4)))
     with pytest.raises(ip.CacheDamaged, match="is not there"):
         group.rows("vectors")[0:5]
     np.testing.assert_array_equal(group.rows("vectors")[0:4], values(range(4))["vectors"])
@@ -342,7 +342,7 @@ def test_growing_keeps_whole_blocks(group: Group) -> None:
     assert [group.valid(block) for block in grown.grid] == [True, True, False, False]
     assert not group.finished
     for block in list(grown.grid)[2:]:
-        group.commit(block, values(block.ids("sample")))
+        tiny.commit(group, block, values(block.ids("sample")))
     group.commit_merged({"total": np.ones(13, np.float32)})
     assert group.finished
     reopened = Group(group.path)
@@ -360,7 +360,7 @@ def test_a_last_block_that_is_not_full_is_written_again_over_a_damaged_one(
         harm(group.path / name)
     block = layout(10).grid.block((2,))
     assert not group.valid(block)
-    group.commit(block, values(range(8, 10)))
+    tiny.commit(group, block, values(range(8, 10)))
     assert group.valid(block)
     np.testing.assert_array_equal(group.rows("vectors")[:], values(range(10))["vectors"])
 
@@ -477,7 +477,7 @@ def test_floats_never_written_are_nan_and_whole_numbers_are_minus_one(group: Gro
 def test_zeros_are_written_not_left_out(group: Group) -> None:
     of = layout(10)
     block: Block = of.grid.block((0,))
-    group.commit(block, {"vectors": np.zeros((4, 5), np.float32), "number": np.full(4, -1)})
+    tiny.commit(group, block, {"vectors": np.zeros((4, 5), np.float32), "number": np.full(4, -1)})
     for name in of.block_files(block):
         assert (group.path / name).stat().st_size > 0
     assert (group.rows("vectors")[0:4] == 0).all()

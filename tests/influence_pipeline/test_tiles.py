@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from influence_pipeline.cache.encoding import GROUP, round_trip, scales
-from influence_pipeline.cache.tiles import Region, Tiles
+from influence_pipeline.cache.tiles import Filling, Region, Tiles
+from stages.threads import Threads
 
 SHAPES = [
     # array, file, tile
@@ -47,12 +50,23 @@ def numbers(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return (np.random.default_rng(0).standard_normal(shape) * 50).astype(dtype)
 
 
-def write(tiles: Tiles, values: np.ndarray, threads: int = 2) -> None:
+def fill(tiles: Tiles, region: Region, values: np.ndarray, step: int = 10**9) -> dict[Path, tuple[int, int]]:
+    """Write a region, some rows at a time."""
+    with Threads() as pool:
+        filling = Filling(tiles, region, lambda rows, first: lambda columns: rows[(slice(None), *columns)], pool)
+        for start in range(0, len(values), step):
+            filling.add(values[start : start + step])
+        filling.finish()
+        return filling.appear()
+
+
+def write(tiles: Tiles, values: np.ndarray, step: int = 10**9) -> None:
     """Write a whole array, one band of files at a time as blocks do."""
     for start in range(0, len(values), tiles.file_shape[0]):
         stop = min(start + tiles.file_shape[0], len(values))
         region = (slice(start, stop), *(slice(0, n) for n in values.shape[1:]))
-        tiles.write(region, lambda cell: values[cell], threads)
+        for path, (length, checksum) in fill(tiles, region, values[start:stop], step).items():
+            assert (length, checksum) == (path.stat().st_size, google_crc32c.value(path.read_bytes()))
 
 
 def read(tiles: Tiles, region: Region, *, strict: bool = True) -> np.ndarray:
@@ -61,12 +75,15 @@ def read(tiles: Tiles, region: Region, *, strict: bool = True) -> np.ndarray:
     return out
 
 
+@pytest.mark.parametrize("step", [1, 3, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
-def test_zarr_reads_what_is_written_here_and_the_other_way_round(tmp_path: Path, shapes: Any, dtype: str) -> None:
+def test_zarr_reads_what_is_written_here_and_the_other_way_round(
+    tmp_path: Path, shapes: Any, dtype: str, step: int
+) -> None:
     values = numbers(shapes[0], dtype)
     ours, theirs = make(tmp_path / "ours", shapes, dtype), make(tmp_path / "theirs", shapes, dtype)
-    write(Tiles(tmp_path / "ours", ours), values)
+    write(Tiles(tmp_path / "ours", ours), values, step)
     theirs[...] = values
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "ours")[...], values)
     for folder, array in ((tmp_path / "ours", ours), (tmp_path / "theirs", theirs)):
@@ -97,7 +114,7 @@ def test_any_region_is_read(written: tuple[Tiles, np.ndarray], data: st.DataObje
 def test_what_was_never_written_is_fill_values_or_refused(tmp_path: Path) -> None:
     array = make(tmp_path, SHAPES[0], "float32")
     tiles, values = Tiles(tmp_path, array), numbers(SHAPES[0][0], "float32")
-    tiles.write((slice(0, 8), slice(0, 7)), lambda cell: values[cell], 1)
+    fill(tiles, (slice(0, 8), slice(0, 7)), values[:8])
     found = read(tiles, (slice(0, 10), slice(0, 7)), strict=False)
     np.testing.assert_array_equal(found[:8], values[:8])
     assert np.isnan(found[8:]).all()
@@ -135,3 +152,43 @@ def test_eight_bits_lose_less_than_a_254th_of_the_largest_of_each_group(dim: int
         assert (np.abs(found - rows)[:, group] <= largest / 254 * 1.0001).all()
     assert (found[4] == 0).all()
     assert scales(rows, "int8").shape == (9, -(-dim // GROUP))
+
+
+def test_what_is_given_up_leaves_no_file(tmp_path: Path) -> None:
+    tiles, values = Tiles(tmp_path, make(tmp_path, SHAPES[1], "float32")), numbers(SHAPES[1][0], "float32")
+    before = sorted(tmp_path.rglob("*"))
+    with Threads() as pool:
+        filling = Filling(
+            tiles, (slice(0, 8), slice(0, 9)), lambda rows, first: lambda columns: rows[(slice(None), *columns)], pool
+        )
+        filling.add(values[:8])
+        filling.finish()
+        assert any(path.suffix == ".partial" for path in tmp_path.rglob("*"))
+    filling.abandon()
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == [p for p in before if p.is_file()]
+
+
+def test_an_error_of_a_thread_is_raised(tmp_path: Path) -> None:
+    tiles, values = Tiles(tmp_path, make(tmp_path, SHAPES[1], "float32")), numbers(SHAPES[1][0], "float32")
+
+    def refuse(rows: Any, first: int) -> Any:
+        raise OSError(28, "full")
+
+    with Threads() as pool:
+        filling = Filling(tiles, (slice(0, 8), slice(0, 9)), refuse, pool)
+
+        def write() -> None:
+            filling.add(values[:8])
+            filling.finish()
+
+        with pytest.raises(OSError, match="full"):
+            write()
+    filling.abandon()
+
+
+def test_a_region_may_begin_in_any_file(tmp_path: Path) -> None:
+    values = numbers((8, 20), "float32")
+    tiles = Tiles(tmp_path, make(tmp_path, ((8, 20), (4, 8), (2, 4)), "float32"))
+    for region in itertools.product((slice(0, 4), slice(4, 8)), (slice(0, 8), slice(8, 16), slice(16, 20))):
+        fill(tiles, region, values[region], 3)
+    np.testing.assert_array_equal(zarr.open_array(tmp_path)[...], values)

@@ -26,7 +26,7 @@ def per_sample(model: nn.Module, data: Data, task: Any = None, batch_size: int =
 
 
 def all_rows(per: PerSample) -> Tensor:
-    return torch.cat([grads for _, grads, _ in per.rows(range(len(per.samples)))])
+    return torch.cat([rows.grads for rows in per.rows(range(len(per.samples)))])
 
 
 def everything(case: Case) -> Any:
@@ -158,7 +158,7 @@ def test_each_measurement_is_differentiated_where_it_is_asked_for() -> None:
 
     x, labels = labelled()
     function = function_of(nn.Linear(4, 3).double(), Margin())
-    [(_, grads, values)] = PerSample(function, function.measurements, Data((x, labels)), 12).rows(range(12))
+    [(_, grads, values, _)] = PerSample(function, function.measurements, Data((x, labels)), 12).rows(range(12))
     ones = torch.nn.functional.one_hot(labels, 3).double()
     expected = torch.cat([(ones.unsqueeze(2) * x.unsqueeze(1)).flatten(1), ones], dim=1)
     torch.testing.assert_close(grads, expected, rtol=1e-14, atol=0)
