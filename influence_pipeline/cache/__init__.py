@@ -88,12 +88,15 @@ class Cache:
         Raises:
             OSError: the disk refused.
         """
-        damaged = [stage for stage in STAGES if (self.path / stage).is_dir() and not self._is_described(stage)]
-        if not damaged:
+        if not self._damaged_stages():
             return []
         with self.alone():
+            damaged = self._damaged_stages()  # not one that somebody was just making
             self._mend_stages(set(damaged))
         return [f"{self.path / stage / DESCRIPTION} was damaged" for stage in damaged]
+
+    def _damaged_stages(self) -> list[str]:
+        return [stage for stage in STAGES if (self.path / stage).is_dir() and not self._is_described(stage)]
 
     def _mend_stages(self, stages: set[str]) -> None:
         for stage in stages:
