@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from influence_pipeline.errors import RequestError
 
 DECODED_SHARD_BYTES = 256 * 2**20
@@ -114,9 +116,14 @@ def reads(
     return Reads(read_rows, columns, min(tile, columns), passes, fixed + per_column * columns)
 
 
-def gradients_memory(dim: int, rows: int, batch: int, itemsize: int) -> int:
-    """Return what one block of gradients holds at once: the block, its encoded copy, and two batches."""
-    return dim * (rows * (4 + 4) + 2 * batch * itemsize)
+def gradients_memory(dim: int, rows: int, batch: int, itemsize: int, encoding: str) -> int:
+    """Return what gradients hold at once while they are computed, encoded and written.
+
+    Batches: one that is computed, twice, and two that are to be encoded. Bands of tiles: one that is filled, two that
+    are compressed, and two of the block before.
+    """
+    batches = min(batch, rows) * (2 * itemsize + 2 * 4)
+    return dim * (batches + 5 * min(rows, TILE_ROWS) * np.dtype(encoding).itemsize)
 
 
 def device_batch(dim: int, memory_bytes: int, itemsize: int) -> int:

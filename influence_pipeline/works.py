@@ -303,7 +303,13 @@ class Works:
         dim, batch = context.dim, context.gradient_batch
         stage = self._grad_z_stage()
         rows = min(stage.grid.axes[0].band, len(context.train))
-        needed = plan.gradients_memory(dim, rows, batch, context.function.dtype.itemsize)
+        needed = plan.gradients_memory(*(
+            dim,
+            rows,
+            batch,
+            context.function.dtype.itemsize,
+            self.settings.grad_z.encoding,
+        ))
         self._refuse(needed, f"grad_z: a block of gradients with {dim} coordinates")
 
         def before() -> None:

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy.typing as npt
 
@@ -73,6 +73,18 @@ class ArrayLike(Protocol):
 
     def __getitem__(self, index: Any) -> Array:
         """Read a rectangular part of it."""
+
+
+@runtime_checkable
+class FactoredRows(ArrayLike, Protocol):
+    """A matrix whose rows are read faster without a factor that each of them has."""
+
+    @property
+    def factors(self) -> ArrayLike | None:
+        """What rows are to be multiplied by after :meth:`read_into`, (n, 1); None where that is not to be used."""
+
+    def read_into(self, index: tuple[slice, slice], out: Array) -> None:
+        """Read a rectangular part, but for the factors of its rows."""
 
 
 @dataclass(frozen=True)

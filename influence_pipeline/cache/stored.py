@@ -134,12 +134,18 @@ class StoredArray:
 
 
 class DecodedRows:
-    """Rows of float32 vectors, decoded as they are sliced; several threads may do so at once."""
+    """Rows of float32 vectors, decoded as they are sliced; several threads may do so at once.
+
+    Attributes:
+        shape: of all of them.
+        factors: (n, 1), what rows are to be multiplied by after :meth:`read_into`; None where there are no such.
+    """
 
     def __init__(self, kept: StoredArray, scale: StoredArray | None) -> None:
         """Decode ``kept`` by the factors of its rows."""
         self.shape: tuple[int, ...] = kept.shape
         self._kept, self._scale = kept, scale
+        self.factors = None if scale is None or scale.shape[1] > 1 else RowFactors(kept, scale)
 
     def __getitem__(self, index: Any) -> Array:
         """Return a part as float32.
@@ -149,16 +155,21 @@ class DecodedRows:
         """
         region = _region(index, self.shape)
         assert region is not None, index
-        rows, columns = region
-        scale = None if self._scale is None else self._scale[rows]
-        found = self._kept.checked(region, lambda: self._decoded(region, scale))
-        if np.isnan(found if scale is None else scale).any():
-            raise self._kept.never_written((rows, columns))
-        return found
-
-    def _decoded(self, region: Region, scale: Array | None) -> Array:
-        first = region[0].start
+        scale = None if self._scale is None else self._scale[region[0]]
         out = np.empty([part.stop - part.start for part in region], np.float32)
+        self._decode(region, out, scale)
+        if np.isnan(out if scale is None else scale).any():
+            raise self._kept.never_written(region)
+        return out
+
+    def read_into(self, index: tuple[slice, slice], out: Array) -> None:
+        """Read a part as float32, but for the factors of whole rows; these tell of rows that were never written."""
+        region = _region(index, self.shape)
+        assert region is not None, index
+        self._decode(region, out, None)
+
+    def _decode(self, region: Region, out: Array, scale: Array | None) -> None:
+        first = region[0].start
 
         def decoded(tile: Array, cell: Region, place: Array) -> None:
             rows, columns = cell
@@ -166,11 +177,35 @@ class DecodedRows:
                 tile, None if scale is None else scale[rows.start - first : rows.stop - first], columns.start, place
             )
 
-        if self._kept.tiles is None:
-            decoded(self._kept[region], region, out)
-        else:
-            self._kept.read(region, out, decoded)
-        return out
+        def read() -> Array:
+            if self._kept.tiles is None:
+                decoded(self._kept[region], region, out)
+            else:
+                self._kept.read(region, out, decoded)
+            return out
+
+        self._kept.checked(region, read)
+
+
+class RowFactors:
+    """What rows are to be multiplied by that were multiplied by one factor each to be kept."""
+
+    def __init__(self, kept: StoredArray, scale: StoredArray) -> None:
+        """Read them from ``scale``, for the rows of ``kept``."""
+        self.shape: tuple[int, ...] = scale.shape
+        self._kept, self._scale = kept, scale
+
+    def __getitem__(self, rows: slice) -> Array:
+        """Return those of some rows, (n, 1) float32.
+
+        Raises:
+            CacheDamaged: a row was never written.
+        """
+        scale = self._scale[rows]
+        if np.isnan(scale).any():
+            raise self._kept.never_written((rows, slice(None)))
+        found: Array = 1 / scale
+        return found
 
 
 def _region(index: Any, shape: tuple[int, ...]) -> Region | None:

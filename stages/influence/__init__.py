@@ -11,7 +11,20 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from stages.influence.ranking import bottom_k, top_k
-from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Stage, StageError, silent
+from stages.stage import (
+    Array,
+    ArrayLike,
+    ArraySpec,
+    Axis,
+    Block,
+    FactoredRows,
+    Grid,
+    Progress,
+    Report,
+    Stage,
+    StageError,
+    silent,
+)
 
 
 class Influence(Stage):
@@ -127,11 +140,12 @@ class Influence(Stage):
         tests, samples = block.bounds["test"], block.bounds["sample"]
         import torch
 
-        from stages.threads import in_threads
+        from stages.threads import in_threads, own_memory
 
         # G Sᵀ, not S Gᵀ: the long side first is the faster product.
         total_nT = torch.zeros(samples.stop - samples.start, tests.stop - tests.start)
         vectors_DT, known = torch.empty(0), slice(0, 0)
+        factored = self.gradients if isinstance(self.gradients, FactoredRows) and self.gradients.factors else None
         reads = list(self._reads(samples))
         done = itertools.count(1)
 
@@ -140,8 +154,13 @@ class Influence(Stage):
             total = total_nT[rows.start - samples.start : rows.stop - samples.start]
             for start in range(columns.start, columns.stop, self.tile_columns):
                 tile = slice(start, min(start + self.tile_columns, columns.stop))
-                gradients_nD = torch.from_numpy(np.asarray(self.gradients[rows, tile]))
-                total.addmm_(gradients_nD, vectors_DT[tile.start - columns.start : tile.stop - columns.start])
+                if factored is None:
+                    gradients_nD = np.asarray(self.gradients[rows, tile])
+                else:
+                    gradients_nD = own_memory((rows.stop - rows.start, tile.stop - tile.start), np.dtype(np.float32))
+                    factored.read_into((rows, tile), gradients_nD)
+                vectors = vectors_DT[tile.start - columns.start : tile.stop - columns.start]
+                total.addmm_(torch.from_numpy(gradients_nD), vectors)
             report(Progress(next(done), len(reads), "scores"))
 
         for columns, group in itertools.groupby(reads, key=lambda read: (read[1].start, read[1].stop)):
@@ -153,6 +172,8 @@ class Influence(Stage):
                     add(read)
             else:
                 in_threads(add, list(group))
+        if factored is not None and factored.factors is not None:
+            total_nT *= torch.from_numpy(factored.factors[samples])
         scores: Array = (total_nT.T / self.curvature_samples).contiguous().numpy()
         return scores
 
