@@ -147,8 +147,8 @@ def s_test(settings: SettingsFile, tests: TestNames = None, keep_curvature: Keep
 def influence(settings: SettingsFile, tests: TestNames = None, keep_curvature: Keep = False) -> None:
     """Stream both, score and rank."""
     pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature)
-    for name in tests or pipeline.tests:
-        _summary(name, pipeline.influence(name))
+    for name, found in pipeline.influences(*(tests or ())).items():
+        _summary(name, found)
 
 
 @app.command()

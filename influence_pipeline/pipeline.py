@@ -138,14 +138,34 @@ class Pipeline:
             MissingStage: gradients or solutions are not complete; the message has the call that makes them.
             CacheDamaged: what was written is damaged again and again.
         """
+        return self.influences(tests)[tests]
+
+    def influences(self, *tests: str) -> dict[str, Influences]:
+        """Compute the missing scores and rankings of several test sets, or all, in one pass over the gradients.
+
+        Raises:
+            MissingStage: gradients or solutions are not complete; the message has the call that makes them.
+            CacheDamaged: what was written is damaged again and again.
+        """
+        names = list(self._named(tests))
+        found = {}
+        while names:
+            name = names.pop(0)
+            found[name] = self._influence(name, names)
+        return found
+
+    def _influence(self, tests: str, beside: Sequence[str]) -> Influences:
         works = self._works
         place, solved = works.influence_place(tests), works.s_test_place(tests)
         self._mend(works.grad_z_place(), works.curvature_place(), solved, place)
         if self.settings.grad_z.store:
             self._require(works.grad_z_place(), "grad_z()", "grad-z")
         self._require(solved, f"s_test({tests!r})", f"s-test --tests {tests}")
+        for name in beside:
+            self._require(works.s_test_place(name), f"s_test({name!r})", f"s-test --tests {name}")
+        others = works.beside(place, [works.influence_place(name) for name in beside])
         for _ in range(MOST_MENDS):
-            self._seconds[tests] = self._seconds.get(tests, 0.0) + self._run(place).seconds
+            self._seconds[tests] = self._seconds.get(tests, 0.0) + self._run(place, others).seconds
             group = works.find(place)
             assert group is not None
             try:
@@ -207,16 +227,12 @@ class Pipeline:
         names = self._named(tests)
         if self.settings.grad_z.store:
             self.grad_z(new=new)
-        found = {}
         for name in names:
             self.s_test(name)
-            try:
-                found[name] = self.influence(name)
-            except MissingStage as missing:
-                raise WorkError(
-                    f"something that this run computed was removed meanwhile: run again ({missing})"
-                ) from None
-        return found
+        try:
+            return self.influences(*names)
+        except MissingStage as missing:
+            raise WorkError(f"something that this run computed was removed meanwhile: run again ({missing})") from None
 
     def plan(self, *tests: str) -> Plan:
         """Say what is there and what a run would take, for some test sets or all; nothing is computed."""
@@ -256,7 +272,7 @@ class Pipeline:
             raise RequestError("the experiment has no test set")
         return tests or self.tests
 
-    def _run(self, place: Place) -> Outcome:
+    def _run(self, place: Place, beside: Sequence[Place] = ()) -> Outcome:
         """Run a stage; what it finds damaged in the cache is computed anew first.
 
         Raises:
@@ -266,7 +282,7 @@ class Pipeline:
             last = ""
             for _ in range(MOST_MENDS):
                 try:
-                    return self._run_once(place)
+                    return self._run_once(place, beside)
                 except CacheDamaged as damage:
                     if str(damage) == last:
                         raise
@@ -276,7 +292,7 @@ class Pipeline:
                         self._mend(*self._places(self.tests))
                     else:
                         self._again(damage.path)
-            return self._run_once(place)
+            return self._run_once(place, beside)
 
     def _refuse_gone(self, place: Place, damage: CacheDamaged) -> None:
         """Refuse to begin again where a stage's arrays, or what it reads, went away under it.
@@ -292,16 +308,19 @@ class Pipeline:
                     "The next run makes it anew"
                 ) from damage
 
-    def _run_once(self, place: Place) -> Outcome:
+    def _run_once(self, place: Place, beside: Sequence[Place] = ()) -> Outcome:
         runtime = self.settings.runtime
+        for other in beside:
+            self._open(other)
         group = self._open(place)
         try:
-            work = self._works.work(place)
+            work = self._works.work(place, beside)
             with self._sent() as source:
                 rebuild = functools.partial(
                     _rebuild,
                     *(source, self.settings, str(self.cache.path), place, self._works.context.weights),
                     keep_curvature=self._keep_curvature,
+                    beside=beside,
                 )
                 return runner.run(
                     *(work, group, runtime, rebuild, f"{self._token} {place.stage} {place.name}"),
@@ -481,14 +500,22 @@ def _other_name(place: Place) -> str:
 
 
 def _rebuild(
-    source: str | Path, settings: Settings, cache: str, place: Place, weights: str, *, keep_curvature: bool
+    source: str | Path,
+    settings: Settings,
+    cache: str,
+    place: Place,
+    weights: str,
+    *,
+    keep_curvature: bool,
+    beside: Sequence[Place] = (),
 ) -> tuple[Work, Group]:
     """Make the work of a stage in a worker process."""
     experiment = _experiment(runner.take_shared(source) if isinstance(source, Path) else source)
     works = Works(Context(experiment, settings, weights), Cache(cache), keep_curvature=keep_curvature)
     works.expect()
-    if place.tests is not None:
-        works.expect_tests(place.tests)
+    for each in (place, *beside):
+        if each.tests is not None:
+            works.expect_tests(each.tests)
     group = works.find(place)
     assert group is not None
-    return works.work(place), group
+    return works.work(place, beside), group

@@ -7,6 +7,7 @@ imports joblib and tqdm.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -31,12 +32,13 @@ import torch
 from tqdm import tqdm
 
 from influence_pipeline.cache import Group, Layout, leave_no_lock
+from influence_pipeline.cache.claims import Claim
 from influence_pipeline.cache.record import NOTHING, digest
 from influence_pipeline.cache.writing import BlockWriting
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.samples import DIGEST_BYTES, DataSet
 from influence_pipeline.settings import RuntimeSettings
-from stages.stage import ArrayLike, ArraySpec, Block, Progress, Stage, StageError
+from stages.stage import Array, ArrayLike, ArraySpec, Block, Progress, Stage, StageError
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class Work:
         memory_bytes: what one process holds at once, beside model and data.
         passes: what it reads how often, for people.
         unit: what an entry of its grid is, for people.
+        beside: works, and where they are kept, whose blocks are computed with this one's where that costs little.
     """
 
     stage: Stage
@@ -74,6 +77,7 @@ class Work:
     memory_bytes: int = 0
     passes: str = ""
     unit: str = "samples"
+    beside: list[tuple[Work, Group]] = field(default_factory=list)
     _ready: bool = field(default=False, init=False)
 
     @property
@@ -116,27 +120,57 @@ class Work:
 
         That returns whether it was kept. None where another process has the block, or is at work on it.
         """
-        claim = group.claim(block)
-        if claim is None:
-            return None
         with ExitStack() as stack:
-            stack.enter_context(claim)
-            if self.valid(group, block):
+            claim = self._claimed(block, group, stack)
+            if claim is None:
                 return None
+            parts = [(self, group, block, claim), *self._alongside(block, stack)]
             self.ready()
-            writing = stack.enter_context(BlockWriting(group, block))
-            for values in self.stage.parts(block, report):
-                writing.add(values)
-            if self.data is not None:
-                writing.add({DIGESTS: self.data.digests(block.ids(self.stage.grid.axes[0].name))})
-            samples, inputs = self.samples(block), self.inputs(block)
-            held = stack.pop_all()
+            keeping = []
+            if len(parts) == 1:
+                keeping.append(self._writing(group, block, claim, self.stage.parts(block, report), stack))
+            else:
+                found = self.stage.together([(work.stage, of) for work, _, of, _ in parts], report)
+                for work, where, of, held in parts:
+                    keeping.append(work._writing(where, of, held, iter([found.pop(0)]), stack))
+            held_until_kept = stack.pop_all()
 
         def keep() -> bool:
-            with held:
-                return group.commit(block, writing, samples, inputs, claim)
+            with held_until_kept:
+                first, *_ = [kept() for kept in keeping]
+            return first
 
         return keep
+
+    def _alongside(self, block: Block, stack: ExitStack) -> Iterator[tuple[Work, Group, Block, Claim]]:
+        """Claim the missing blocks of works beside this one that are computed with a block."""
+        for work, group in self.beside:
+            for other in self.stage.alongside(block, work.stage):
+                claim = work._claimed(other, group, stack)
+                if claim is not None:
+                    yield work, group, other, claim
+
+    def _claimed(self, block: Block, group: Group, stack: ExitStack) -> Claim | None:
+        """Claim a block that is missing, until the stack is left; None where it is not, or another process has it."""
+        if (claim := group.claim(block)) is None:
+            return None
+        with ExitStack() as own:
+            own.enter_context(claim)
+            if self.valid(group, block):
+                return None
+            stack.push(own.pop_all())
+        return claim
+
+    def _writing(
+        self, group: Group, block: Block, claim: Claim, parts: Iterator[dict[str, Array]], stack: ExitStack
+    ) -> Callable[[], bool]:
+        """Have the values of a block encoded; return what then keeps it."""
+        writing = stack.enter_context(BlockWriting(group, block))
+        for values in parts:
+            writing.add(values)
+        if self.data is not None:
+            writing.add({DIGESTS: self.data.digests(block.ids(self.stage.grid.axes[0].name))})
+        return functools.partial(group.commit, block, writing, self.samples(block), self.inputs(block), claim)
 
     def finish(self, group: Group, report: Callable[[Progress], None]) -> None:
         """Merge all blocks and keep that."""

@@ -278,8 +278,12 @@ class Works:
 
     # ---- works ---------------------------------------------------------------------------------------------------
 
-    def work(self, place: Place) -> Work:
+    def work(self, place: Place, beside: Sequence[Place] = ()) -> Work:
         """Return the work of a stage; its inputs must be there to compute it, not to plan it.
+
+        Args:
+            place: which.
+            beside: scores to compute with these; see :meth:`beside`.
 
         Raises:
             RequestError: it does not fit the memory, or a setting does not fit the data.
@@ -290,7 +294,13 @@ class Works:
             if place.stage == "curvature":
                 return self._curvature()
             assert place.tests is not None
-            return self._s_test(place.tests) if place.stage == "s_test" else self._influence(place.tests)
+            if place.stage == "s_test":
+                return self._s_test(place.tests)
+            work = self._influence(place.tests, beside)
+            for other in beside:
+                if (group := self.find(other)) is not None:
+                    work.beside.append((self.work(other), group))
+            return work
         except StageError as error:
             raise RequestError(f"{place.stage}: {error}") from error
 
@@ -397,7 +407,21 @@ class Works:
         there: dict[str, ArrayLike] = {name: group.array(name) for name in names}
         return there, group.contents(work.stage.grid, lambda block: work.valid(group, block))
 
-    def _influence(self, tests: str) -> Work:
+    def beside(self, place: Place, others: Sequence[Place]) -> tuple[Place, ...]:
+        """Return those of some scores that can be computed with others in one pass over the gradients.
+
+        They share memory: as many as there is room for.
+        """
+        found: list[Place] = []
+        for other in others:
+            try:
+                self._influence(str(place.tests), (*found, other))
+            except RequestError:
+                break
+            found.append(other)
+        return tuple(found)
+
+    def _influence(self, tests: str, beside: Sequence[Place] = ()) -> Work:
         context, settings = self.context, self.settings.influence
         top_k = settings.top_k
         if top_k > len(context.train):
@@ -414,8 +438,11 @@ class Works:
         solved = self.find(s_test)
         vectors = _Absent((len(data), context.dim)) if solved is None else solved.rows("vectors")
         gradients, of_band, computed = self._gradients()
+        together = sum(len(context.test(str(other.tests))) for other in beside)
+        if beside and len(data) + together > bands[0]:
+            raise RequestError(f"{len(data) + together} test samples are too many for one pass")
         reads = plan.reads(
-            *(len(data), len(context.train), context.dim, rows, bands, context.memory),
+            *(len(data) + together, len(context.train), context.dim, rows, bands, context.memory),
             computed=computed,
             threads=torch.get_num_threads(),
         )

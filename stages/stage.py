@@ -220,6 +220,14 @@ class Stage(ABC):
         """
         yield self.compute(block, report)
 
+    def alongside(self, block: Block, other: Stage) -> list[Block]:
+        """Return the blocks of another stage that cost little when they are computed together with one of this."""
+        return []
+
+    def together(self, parts: Sequence[tuple[Stage, Block]], report: Report = silent) -> list[dict[str, Array]]:
+        """Compute blocks of several stages at once, in the bits that each stage gives by itself."""
+        return [stage.compute(block, report) for stage, block in parts]
+
     def finish(self, arrays: Mapping[str, ArrayLike], report: Report = silent) -> dict[str, Array]:
         """Return the values of every array in ``merged``, given what all blocks filled."""
         return {}

@@ -6,7 +6,8 @@ Shapes: ``T`` test samples, ``N`` training samples, ``D`` coordinates, ``k`` ran
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from stages.stage import (
     StageError,
     silent,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Influence(Stage):
@@ -112,7 +116,33 @@ class Influence(Stage):
         Raises:
             StageError: a score is not finite.
         """
-        scores = self._scores(block, report)
+        return self.together([(self, block)], report)[0]
+
+    def alongside(self, block: Block, other: Stage) -> list[Block]:
+        """Return the blocks of another test set over the same training samples: they read the same gradients."""
+        if not isinstance(other, Influence) or other.grid.axes[1] != self.grid.axes[1]:
+            return []
+        return [other.grid.block((position, block.index[1])) for position in range(other.grid.shape[0])]
+
+    def together(self, parts: Sequence[tuple[Stage, Block]], report: Report = silent) -> list[dict[str, Array]]:
+        """Compute cells of several test sets over the same training samples, in one pass over their gradients.
+
+        Raises:
+            StageError: a score is not finite.
+        """
+        cells = [(stage, block) for stage, block in parts if isinstance(stage, Influence)]
+        assert len(cells) == len(parts)
+        totals = self._products([(stage.vectors, block.bounds["test"]) for stage, block in cells], parts[0][1], report)
+        # One after the other, so that scores are copied for one at a time.
+        return [stage._found(block, totals.pop(0)) for stage, block in cells]
+
+    def _found(self, block: Block, total_nT: torch.Tensor) -> dict[str, Array]:
+        """Return what a cell keeps, of G Sᵀ over it.
+
+        Raises:
+            StageError: a score is not finite.
+        """
+        scores: Array = (total_nT.T / self.curvature_samples).contiguous().numpy()
         if not np.isfinite(scores).all():
             test, sample = np.argwhere(~np.isfinite(scores))[0]
             raise StageError(
@@ -135,23 +165,31 @@ class Influence(Stage):
             found["scores"] = scores
         return found
 
-    def _scores(self, block: Block, report: Report) -> Array:
-        """Return S Gᵀ / N over one block, (tests, samples), float32."""
-        tests, samples = block.bounds["test"], block.bounds["sample"]
+    def _products(
+        self, solutions: Sequence[tuple[ArrayLike, slice]], block: Block, report: Report
+    ) -> list[torch.Tensor]:
+        """Return G Sᵀ over the training samples of a block, (samples, tests) float32, for each of some S.
+
+        Args:
+            solutions: S, and which of its rows.
+            block: the training samples.
+            report: carries progress out.
+        """
         import torch
 
         from stages.threads import in_threads, own_memory
 
-        # G Sᵀ, not S Gᵀ: the long side first is the faster product.
-        total_nT = torch.zeros(samples.stop - samples.start, tests.stop - tests.start)
-        vectors_DT, known = torch.empty(0), slice(0, 0)
+        samples = block.bounds["sample"]
+        # G Sᵀ, not S Gᵀ: the long side first is the faster product. One for each S, so that none depends on others.
+        totals_nT = [torch.zeros(samples.stop - samples.start, tests.stop - tests.start) for _, tests in solutions]
         factored = self.gradients if isinstance(self.gradients, FactoredRows) and self.gradients.factors else None
         reads = list(self._reads(samples))
         done = itertools.count(1)
+        vectors_DT: list[torch.Tensor] = []
+        known = slice(0, 0)
 
         def add(read: tuple[slice, slice]) -> None:
             rows, columns = read
-            total = total_nT[rows.start - samples.start : rows.stop - samples.start]
             for start in range(columns.start, columns.stop, self.tile_columns):
                 tile = slice(start, min(start + self.tile_columns, columns.stop))
                 if factored is None:
@@ -159,23 +197,28 @@ class Influence(Stage):
                 else:
                     gradients_nD = own_memory((rows.stop - rows.start, tile.stop - tile.start), np.dtype(np.float32))
                     factored.read_into((rows, tile), gradients_nD)
-                vectors = vectors_DT[tile.start - columns.start : tile.stop - columns.start]
-                total.addmm_(torch.from_numpy(gradients_nD), vectors)
+                tile_nD = torch.from_numpy(gradients_nD)
+                for total, vectors in zip(totals_nT, vectors_DT, strict=True):
+                    part = vectors[tile.start - columns.start : tile.stop - columns.start]
+                    total[rows.start - samples.start : rows.stop - samples.start].addmm_(tile_nD, part)
             report(Progress(next(done), len(reads), "scores"))
 
         for columns, group in itertools.groupby(reads, key=lambda read: (read[1].start, read[1].stop)):
             if slice(*columns) != known:
                 known = slice(*columns)
-                vectors_DT = torch.from_numpy(np.asarray(self.vectors[tests, known])).T.contiguous()
+                vectors_DT.clear()
+                for vectors, tests in solutions:
+                    vectors_DT.append(torch.from_numpy(np.asarray(vectors[tests, known])).T.contiguous())
             if self.rows_first:
                 for read in group:
                     add(read)
             else:
                 in_threads(add, list(group))
         if factored is not None and factored.factors is not None:
-            total_nT *= torch.from_numpy(factored.factors[samples])
-        scores: Array = (total_nT.T / self.curvature_samples).contiguous().numpy()
-        return scores
+            factors_n1 = torch.from_numpy(factored.factors[samples])
+            for total in totals_nT:
+                total *= factors_n1
+        return totals_nT
 
     def _reads(self, samples: slice) -> Iterator[tuple[slice, slice]]:
         """Yield every tile of G over a band of samples once."""
