@@ -339,7 +339,10 @@ class Works:
     def _grad_z_stage(self) -> GradZ:
         context, encoding = self.context, self.settings.grad_z.encoding
         rows = self.band(self.grad_z_place(), "sample", plan.block_rows(context.dim))
-        return GradZ(context.function, context.train, rows, encoding, context.gradient_batch)
+        return GradZ(
+            *(context.function, context.train, rows, encoding, context.gradient_batch),
+            functools.partial(round_trip, encoding=encoding),
+        )
 
     def _curvature(self) -> Work:
         context, solver, count = self.context, self.settings.s_test, self.curvature_samples

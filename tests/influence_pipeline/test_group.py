@@ -21,7 +21,7 @@ from tests import tiny
 Make = Callable[..., ip.Pipeline]
 
 ARRAYS = {
-    "grad_z": ("gradients", "scale", "norm", "loss", "label", "digests", "blocks"),
+    "grad_z": ("gradients", "scale", "norm", "loss", "label", "fidelity", "digests", "blocks"),
     "curvature": ("gradient_norm", "mean_eigenvalue", "probe_loss", "blocks"),
     "s_test": ("vectors", "residual", "iterations", "measurement", "label", "damping", "digests", "blocks"),
     "influence": (

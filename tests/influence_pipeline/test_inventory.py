@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,9 @@ def test_everything_cached_is_listed_with_how_much_of_it_is_there(done: Path) ->
     assert text.count(" ago") == 4
     assert "solver cg" in text
     assert "distance from an optimum" in text
+    assert re.search(
+        r"products of gradients, float16 against exact: Spearman (1.0|0.99)\d+, 100.0% of the top 100", text
+    )
 
 
 def test_work_in_progress_is_listed(done: Path) -> None:

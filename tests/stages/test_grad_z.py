@@ -94,7 +94,7 @@ def test_vmap_is_chosen_where_hooks_follow_no_layer(case: Case, no_known_layers:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_stage_returns_gradients_norms_losses_and_labels_of_its_block(case: Case) -> None:
-    stage = GradZ(case.function, case.data, 5, "float32", 3)
+    stage = GradZ(case.function, case.data, 5, "float32", 3, lambda rows: rows)
     stage.prepare()
     expected, losses = oracles.gradients(case).numpy(), torch.stack(oracles.sample_losses(case)).detach().numpy()
     for block in stage.grid:
@@ -144,7 +144,9 @@ def test_any_device_batch_gives_the_same_rows_to_rounding(batch_size: int, dtype
 
 def test_a_bfloat16_model_has_gradients() -> None:
     x, labels = labelled()
-    stage = GradZ(function_of(perceptron(nn.Tanh()).bfloat16()), Data((x.bfloat16(), labels)), 12, "float32", 4)
+    stage = GradZ(
+        function_of(perceptron(nn.Tanh()).bfloat16()), Data((x.bfloat16(), labels)), 12, "float32", 4, lambda rows: rows
+    )
     stage.prepare()
     found = stage.compute(stage.grid.block((0,)))
     expected = all_rows(per_sample(perceptron(nn.Tanh()), Data((x, labels)))).numpy()
@@ -168,7 +170,7 @@ def test_each_measurement_is_differentiated_where_it_is_asked_for() -> None:
 
 def test_uncached_rows_slice_as_the_cached_ones() -> None:
     case = make(oracles.mlp)
-    stage = GradZ(case.function, case.data, 5, "float32", 4)
+    stage = GradZ(case.function, case.data, 5, "float32", 4, lambda rows: rows)
     computed: list[tuple[int, ...]] = []
 
     def rows(block: Block) -> Any:

@@ -480,7 +480,7 @@ def test_no_hooks_are_left_and_nothing_is_changed(name: str, second_pass: None) 
     model = problem.model
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batch = problem.batch(COUNT, torch.float64)
-    stage = GradZ(function, Data(batch), COUNT, "float32", 4)
+    stage = GradZ(function, Data(batch), COUNT, "float32", 4, lambda rows: rows)
     with evaluating(model):
         stage.prepare()
         stage.compute(stage.grid.block((0,)))
