@@ -7,6 +7,7 @@ imports joblib and tqdm.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
@@ -31,7 +32,7 @@ import joblib
 import torch
 from tqdm import tqdm
 
-from influence_pipeline.cache import Group, Layout, leave_no_lock
+from influence_pipeline.cache import Group, Layout, claims, leave_no_lock
 from influence_pipeline.cache.claims import Claim
 from influence_pipeline.cache.record import NOTHING, digest
 from influence_pipeline.cache.writing import BlockWriting
@@ -361,14 +362,7 @@ def _in_workers(
     blocks, done = {block.index: block for block in missing}, []
     threads, workers = _threads_each(runtime.workers), min(runtime.workers, len(missing))
     log_file = None if runtime.log_file is None else str(runtime.log_file)
-    parallel = joblib.Parallel(
-        n_jobs=workers,
-        return_as="generator_unordered",
-        pre_dispatch="2 * n_jobs",
-        batch_size=1,
-        initializer=_settle_worker,
-        initargs=(os.getpid(),),
-    )
+    parallel = _parallel(workers, runtime.backend)
     results: Any = None
     try:
         jobs = (joblib.delayed(_block_in_worker)(rebuild, token, i, threads, log_file) for i in blocks)
@@ -389,6 +383,34 @@ def _in_workers(
         group.clear()
         raise
     return done
+
+
+def _parallel(workers: int, backend: str) -> joblib.Parallel:
+    """Return what has processes compute.
+
+    Raises:
+        RequestError: joblib has no such backend, or it cannot be used here.
+    """
+    own = {"initializer": _settle_worker, "initargs": (os.getpid(), str(_numbers()))} if backend == "loky" else {}
+    try:
+        return joblib.Parallel(
+            n_jobs=workers,
+            backend=backend,
+            return_as="generator_unordered",
+            pre_dispatch="2 * n_jobs",
+            batch_size=1,
+            **own,
+        )
+    except (ValueError, ImportError) as error:
+        raise RequestError(f"runtime.backend = {backend!r} cannot be used: {error}") from error
+
+
+@functools.cache
+def _numbers() -> Path:
+    """Return a folder in which worker processes number themselves, until this process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="influence_pipeline_workers_")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def _end_workers(results: Any) -> None:
@@ -435,13 +457,22 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _settle_worker(parent: int) -> None:
-    """Have a new worker process end with its parent, and leave nothing behind when it is killed.
+def _settle_worker(parent: int, numbers: str) -> None:
+    """Have a new worker process end with its parent, leave nothing behind when it is killed, and use a GPU of its own.
 
     The parent is told by its number: where it died while this process was starting, somebody else is the parent now.
     """
+    _take_gpu(Path(numbers))
     threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
     leave_no_lock()
+
+
+def _take_gpu(numbers: Path) -> None:
+    """Have "cuda" mean a GPU that no other worker uses, as long as there is one; then the first."""
+    for number in range(torch.cuda.device_count()):
+        if claims.take(numbers / f"{number}.claim") is not None:
+            torch.cuda.set_device(number)
+            return
 
 
 def _end_with(parent: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from influence_pipeline.errors import RequestError
 from stages.s_test import solvers
@@ -75,6 +75,20 @@ def check_path(value: Any) -> Any:
     return value
 
 
+NO_PROCESSES = ("threading", "sequential", "multiprocessing")
+
+
+def _of_processes(backend: str) -> str:
+    """Refuse the backends of joblib whose workers would share a model, or what PyTorch began before a fork.
+
+    Raises:
+        ValueError: it is one of them.
+    """
+    if backend in NO_PROCESSES:
+        raise ValueError(f"{backend!r} does not start processes of their own: use 'loky', or workers = 1")
+    return backend
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), BeforeValidator(no_switch), Field(gt=0, le=MOST_BYTES)]
 AnyPath = Annotated[Path, BeforeValidator(check_path)]
 
@@ -115,6 +129,7 @@ class RuntimeSettings(_Section):
     Attributes:
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", …
         workers: processes that compute blocks.
+        backend: joblib's name for what starts them: "loky" on this machine, or one that was registered with joblib.
         memory: what one process may hold at once for its work, beside model and data set.
         device_batch: samples on the device at once, for gradients and for curvature products.
         progress: show progress bars.
@@ -123,6 +138,7 @@ class RuntimeSettings(_Section):
 
     device: str = "auto"
     workers: Count = 1
+    backend: Annotated[str, AfterValidator(_of_processes)] = "loky"
     memory: Bytes = 2 * 2**30
     device_batch: Literal["auto"] | Count = "auto"
     progress: bool = True

@@ -87,5 +87,13 @@ def only_tensors(tree: Batch) -> bool:
 
 
 def to_device(tree: Batch, device: torch.device) -> Batch:
-    """Move every tensor to a device."""
-    return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)
+    """Move every tensor to a device; to a GPU without waiting for it."""
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if device.type == "cuda" and leaf.device.type == "cpu":
+            return leaf.pin_memory().to(device, non_blocking=True)
+        return leaf.to(device)
+
+    return map_leaves(moved, tree)

@@ -33,6 +33,7 @@ from stages.stage import (
     StageError,
     silent,
 )
+from stages.transfer import on_host
 
 PROBES = 8
 """Samples on which techniques and neighbours are compared before the first block."""
@@ -200,10 +201,9 @@ class GradZ(Stage):
         """Compute the gradients of one band of samples, a batch at a time."""
         ids, done = block.ids("sample"), 0
         fidelity = Fidelity(self._round_trip) if ids.start == 0 else None
-        for found in self.per_sample.rows(ids):
-            count = len(found.grads)
+        for found, copy in on_host(self.per_sample.rows(ids), lambda rows: rows.grads):
+            count, gradients = len(copy), copy.numpy()
             done += count
-            gradients = found.grads.to("cpu", torch.float32).numpy()
             if fidelity is not None:
                 fidelity.add(gradients)
             yield {
