@@ -65,7 +65,7 @@ def scaled(rows_nD: Array, scale_ng: Array, encoding: str, start: int = 0) -> Ar
 
     found_nD = own_memory(rows_nD.shape, np.dtype(np.float32))
     out = torch.from_numpy(found_nD)
-    torch.mul(torch.from_numpy(rows_nD), _of_columns(scale_ng, start, rows_nD.shape[1]), out=out)
+    _multiply(torch.from_numpy(rows_nD), torch.from_numpy(scale_ng), start, out)
     if encoding == "int8":
         out.round_()
     elif scale_ng.min(initial=1) <= 2.0 ** (TOP - 128):
@@ -98,20 +98,37 @@ def decode_into(kept_nD: Array, scale_ng: Array | None, start: int, out_nD: Arra
     out = torch.from_numpy(out_nD)
     out.copy_(torch.from_numpy(kept_nD))
     if scale_ng is not None:
-        out *= _of_columns(1 / scale_ng, start, out.shape[1])
+        _multiply(out, torch.from_numpy(1 / scale_ng), start, out)
 
 
-def _of_columns(scale_ng: Array, start: int, count: int) -> torch.Tensor:
-    """Return the factor of each of some columns, (n, 1) or (n, count)."""
+def _multiply(rows: torch.Tensor, factors: torch.Tensor, start: int, out: torch.Tensor) -> None:
+    """Multiply some columns of rows by the factors of whole rows, (n, g).
+
+    Args:
+        rows: (n, columns).
+        factors: one for each row, or one for each group of its columns.
+        start: the position of the first column.
+        out: (n, columns), which may be ``rows``.
+    """
     import torch
 
-    scale = torch.from_numpy(np.ascontiguousarray(scale_ng))
-    if scale.shape[1] == 1:
-        return scale
-    first = start // GROUP
-    of_groups = scale[:, first : math.ceil((start + count) / GROUP)]
-    skip = start - first * GROUP
-    return of_groups.repeat_interleave(GROUP, dim=1)[:, skip : skip + count]
+    if factors.shape[1] == 1:
+        torch.mul(rows, factors, out=out)
+        return
+    # What is left of the first group, whole groups, and what is there of the last.
+    count = rows.shape[1]
+    first = min(count, -start % GROUP)
+    whole = first + (count - first) // GROUP * GROUP
+    for part, width in ((slice(0, first), first), (slice(first, whole), GROUP), (slice(whole, count), count - whole)):
+        if part.start < part.stop:
+            group = (start + part.start) // GROUP
+            columns = out[:, part]
+            if columns.data_ptr() != rows[:, part].data_ptr():
+                columns.copy_(rows[:, part])
+            grouped = columns.as_strided(
+                (len(rows), (part.stop - part.start) // width, width), (out.stride(0), width, 1)
+            )
+            grouped.mul_(factors[:, group : group + grouped.shape[1], None])
 
 
 def round_trip(rows_nD: Array, encoding: str) -> Array:

@@ -192,6 +192,8 @@ class Filling:
         assert self._next == self._region[0].stop, "rows are missing"
         while self._bands:
             self._bands.popleft().result()
+        self._pending.clear()
+        self._free.clear()
         for file in self._files.values():
             file.finish()
 
@@ -206,7 +208,11 @@ class Filling:
         return {file.path: (file.length, file.checksum) for file in self._files.values()}
 
     def abandon(self) -> None:
-        """Remove what is written; no thread may be at work on it."""
+        """Remove what is left aside, and let go of all memory; no thread may be at work on it."""
+        self._band = None
+        self._free.clear()
+        self._pending.clear()
+        self._bands.clear()
         for file in self._files.values():
             file.abandon()
 

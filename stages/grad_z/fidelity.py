@@ -15,6 +15,8 @@ PROBES = 16
 """Gradients that stand for solutions: at most, and fewer where they have more than ``PROBE_ENTRIES``."""
 PROBE_ENTRIES = 2**22
 TOP = 100
+AT_ONCE = 2**19
+"""Entries that go there and back at once."""
 
 RoundTrip = Callable[[Array], Array]
 """Rows (n, D) as they come back from where they are kept."""
@@ -34,8 +36,11 @@ class Fidelity:
         """Take the next exact gradients, float32."""
         if self._probes_PD is None:
             self._probes_PD = rows_nD[: max(1, min(PROBES, PROBE_ENTRIES // rows_nD.shape[1]))].copy()
-        self._exact.append(rows_nD @ self._probes_PD.T)
-        self._kept.append(self._round_trip(rows_nD) @ self._probes_PD.T)
+        step = max(1, AT_ONCE // rows_nD.shape[1])
+        for start in range(0, len(rows_nD), step):
+            part_nD = rows_nD[start : start + step]
+            self._exact.append(part_nD @ self._probes_PD.T)
+            self._kept.append(self._round_trip(part_nD) @ self._probes_PD.T)
 
     def figures(self) -> Array:
         """Return, as means over all probes, Spearman's correlation and the share of the top 100 that is the same, (2,).

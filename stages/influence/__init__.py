@@ -206,9 +206,7 @@ class Influence(Stage):
         for columns, group in itertools.groupby(reads, key=lambda read: (read[1].start, read[1].stop)):
             if slice(*columns) != known:
                 known = slice(*columns)
-                vectors_DT.clear()
-                for vectors, tests in solutions:
-                    vectors_DT.append(torch.from_numpy(np.asarray(vectors[tests, known])).T.contiguous())
+                vectors_DT = [_transposed(vectors, tests, known) for vectors, tests in solutions]
             if self.rows_first:
                 for read in group:
                     add(read)
@@ -266,4 +264,18 @@ class Influence(Stage):
         }
 
 
+def _transposed(vectors: ArrayLike, rows: slice, columns: slice) -> torch.Tensor:
+    """Return a part of some vectors, (columns, rows), read a few columns at a time."""
+    import torch
+
+    found = torch.empty(columns.stop - columns.start, rows.stop - rows.start)
+    for start in range(columns.start, columns.stop, AT_ONCE):
+        part = slice(start, min(start + AT_ONCE, columns.stop))
+        read = torch.from_numpy(np.asarray(vectors[rows, part]))
+        found[start - columns.start : part.stop - columns.start] = read.T
+    return found
+
+
+AT_ONCE = 2**15
+"""Columns of vectors that are read at once."""
 _RANKINGS = ("helpful_ids", "helpful_scores", "harmful_ids", "harmful_scores")
