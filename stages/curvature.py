@@ -83,12 +83,12 @@ class Curvature:
                 f"finite second derivative, or it is beyond {self.function.dtype}: look at the scale of inputs and "
                 'losses, or use solver = "identity"'
             )
-        return total_TD / len(ids) + self.l2 * vectors_TD
+        return total_TD.div_(len(ids)).addcmul_(self.l2, vectors_TD)
 
     def on(self, batch: Batch) -> Product:
         """Return what multiplies by H with the mean over one batch, which is linearised once for all products."""
         count, total = size(batch), self._sum(batch)
-        return lambda vectors_TD: total(vectors_TD) / count + self.l2 * vectors_TD
+        return lambda vectors_TD: torch.div(total(vectors_TD), count).addcmul_(self.l2, vectors_TD)
 
     def gradient(self, report: Report = silent) -> Tensor:
         """Return the gradient of the training objective, (1/N) Σ ∇L(z_i, θ) + l2·θ, (D,): zero at an optimum."""

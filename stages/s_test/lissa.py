@@ -217,7 +217,7 @@ class _Recursion:
         settled, calm = torch.zeros(2, len(rhs_TD), dtype=torch.bool)
         # Test samples that have not settled, and what there is of these alone, so that the others cost nothing.
         rows = torch.arange(len(rhs_TD))
-        start, current = estimate, estimate.clone()
+        start, norm, current = estimate, norms(estimate), estimate.clone()
         window, previous_window = torch.zeros_like(current), torch.zeros_like(current)
         estimate = estimate.clone()
         checkpoint = 0
@@ -225,9 +225,9 @@ class _Recursion:
         with closing(self.curvature.samples.stream(minibatches)) as batches:
             for step, batch in enumerate(batches, 1):
                 product = self.curvature.on(batch)(current)
-                current.mul_(1 - self.damping / self.scale).add_(start).sub_(product, alpha=1 / self.scale)
-                window += current
-                diverged = self._diverged(start, current, step)
+                torch.add(start, current, alpha=1 - self.damping / self.scale, out=current)
+                window += current.sub_(product, alpha=1 / self.scale)
+                diverged = self._diverged(norm, current, step)
                 if diverged:
                     break
                 at_checkpoint = step == max(1, 2 * checkpoint)
@@ -247,8 +247,8 @@ class _Recursion:
                     steps[rows[done]] = step
                     if done.any():
                         rows = rows[~done]
-                        start, current, window, previous_window = (
-                            part[~done] for part in (start, current, window, previous_window)
+                        start, norm, current, window, previous_window = (
+                            part[~done] for part in (start, norm, current, window, previous_window)
                         )
                 self.report(Progress(step, self.depth, f"lissa step {step}, {len(rows)} test samples"))
                 if not len(rows):
@@ -257,14 +257,14 @@ class _Recursion:
             raise self._divergence(step)
         return estimate, steps, settled
 
-    def _diverged(self, start: Tensor, current: Tensor, step: int) -> bool:
-        """Say whether some x has left where a recursion that converges stays.
+    def _diverged(self, norm: Tensor, current: Tensor, step: int) -> bool:
+        """Say whether some x has left where a recursion that converges stays, given its start's norm.
 
         That is |x| ≤ |v| · (step + 1) / scale, which is reached where H + λI is zero.
         """
         if step % 8 and step != self.depth:
             return False
-        return not bool((norms(current) <= 10 * (step + 1) * norms(start)).all())
+        return not bool((norms(current) <= 10 * (step + 1) * norm).all())
 
     def _divergence(self, step: int) -> StageError:
         """Make the error for a recursion that diverges: with the damping, or the scale, that would have worked."""

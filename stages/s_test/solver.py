@@ -185,6 +185,14 @@ def norms(vectors_TD: Tensor) -> Tensor:
     return found
 
 
+def dots(first_TD: Tensor, second_TD: Tensor) -> Tensor:
+    """Return the product of each row with the other's, (T,), in double precision: a few rows' copies at a time."""
+    import torch
+
+    pairs = zip(torch.split(first_TD, 8), torch.split(second_TD, 8), strict=True)
+    return torch.cat([torch.linalg.vecdot(first.double(), second.double()) for first, second in pairs])
+
+
 def relative_residual(product: Product, damping: float, rhs_TD: Tensor, vectors_TD: Tensor) -> Tensor:
     """Return |v − (H + λI) x| / |v| for each row, (T,); 0 where v and x are 0."""
     import torch
