@@ -47,7 +47,7 @@ class Cg(CurvatureSolver):
         sample: "all", or how many training samples H is taken over.
     """
 
-    state_vectors: ClassVar[int] = 6
+    state_vectors: ClassVar[int] = 9
 
     solver: Literal["cg"] = "cg"
     tolerance: Fraction = 1e-3
@@ -82,7 +82,7 @@ class Cg(CurvatureSolver):
             def damped(vectors: Tensor) -> Tensor:
                 nonlocal calls
                 calls += 1
-                return product(vectors) + damping * vectors
+                return product(vectors).add_(vectors, alpha=damping)
 
             vectors, iterations, residual = conjugate_gradients(damped, rhs_TD, self.tolerance, self.max_iterations)
             if vectors is None:
@@ -166,6 +166,7 @@ def conjugate_gradients(
             step = (square / curve).unsqueeze(1).to(left.dtype)
             found.addcmul_(step, direction)
             left.addcmul_(step, image, value=-1)
+            del image
             following = norms(left) ** 2
             direction.mul_((following / square).unsqueeze(1).to(left.dtype)).add_(left)
             square = following

@@ -77,13 +77,13 @@ class Solver(BaseModel):
 
     Attributes:
         dense: whether what it prepares is the whole matrix H, band by band.
-        state_vectors: vectors of D floats that it holds for each test sample at once.
+        state_vectors: vectors of D floats that it holds for each test sample at once, products' results among them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dense: ClassVar[bool] = False
-    state_vectors: ClassVar[int] = 1
+    state_vectors: ClassVar[int] = 3
 
     solver: str
 
@@ -98,6 +98,10 @@ class Solver(BaseModel):
     def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
         """Find once what all test samples share; ``prepared`` has the matrix where the solver is dense."""
         return {}
+
+    def fixed_bytes(self, curvature: Curvature) -> int:
+        """Return what it holds beside its vectors."""
+        return 0
 
     def check_size(self, dim: int, memory_bytes: int) -> None:
         """Refuse a problem that this solver cannot hold.
@@ -154,6 +158,10 @@ class CurvatureSolver(Solver):
         if "mean_eigenvalue" in self.summary_names():
             found["mean_eigenvalue"] = np.float64(self._mean_eigenvalue(curvature, prepared, report))
         return {name: np.asarray(value) for name, value in found.items()}
+
+    def fixed_bytes(self, curvature: Curvature) -> int:
+        """Return what products with H take."""
+        return curvature.product_bytes
 
     def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
         from stages.curvature import mean_eigenvalue
