@@ -113,7 +113,8 @@ class Context:
         solver = self.settings.s_test
         kind = solver.curvature if isinstance(solver, CurvatureSolver) else "ggn"
         chosen = self.settings.runtime.device_batch
-        return Curvature(self.function, First(self.train, count), kind, 256 if chosen == "auto" else chosen)
+        batch = 256 if chosen == "auto" else chosen
+        return Curvature(self.function, First(self.train, count), kind, batch, self.memory)
 
     def fingerprint(self, count: int) -> bytes:
         """Return a digest of the first ``count`` training samples."""

@@ -365,19 +365,18 @@ class Works:
             whole=(context.train, count),
             before=before,
             computing=context.evaluating,
-            memory_bytes=3 * context.dim * context.function.dtype.itemsize * vectors,
+            memory_bytes=stage.held_bytes(vectors),
             passes=f"{context.dim if solver.dense else plan.PROBE_VECTORS} products with H",
         )
 
     def _s_test(self, tests: str) -> Work:
         context, solver = self.context, self.settings.s_test
-        for_one = solver.state_vectors * context.dim * context.function.dtype.itemsize
-        self._refuse(for_one, f"s_test: solver {solver.solver!r}, for one test sample,")
         rows = self.band(self.s_test_place(tests), "test", plan.block_rows(context.dim, plan.MOST_TESTS))
         data = context.test(tests)
         prepared, basis = self._prepared()
         curvature = context.curvature(self.curvature_samples)
         stage = STest(solver, curvature, prepared, data, rows, context.gradient_batch, context.memory)
+        self._refuse(stage.held_bytes(1), f"s_test: solver {solver.solver!r}, for one test sample,")
 
         def before() -> None:
             _check_fixed(data)
@@ -395,7 +394,7 @@ class Works:
             inputs=lambda block: basis,
             before=before,
             computing=context.evaluating,
-            memory_bytes=for_one * at_once + (3 * 8 * context.dim**2 if solver.dense else 0),
+            memory_bytes=stage.held_bytes(at_once),
             passes=f"{solver.solver}, {blocks} block{'s' * (blocks > 1)}{solver.passes()}",
         )
 

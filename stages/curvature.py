@@ -44,12 +44,14 @@ class Curvature:
         samples: the training set.
         kind: "hessian" or "ggn".
         batch_size: samples on the device at once.
+        memory_bytes: what all work may hold, of which products take a part.
     """
 
     function: ModelFunction
     samples: Samples
     kind: Kind
     batch_size: int
+    memory_bytes: int
     _work: dict[str, work.Work] = field(init=False, default_factory=dict)
     _jacobian: bool | None = field(init=False, default=None)
 
@@ -61,6 +63,19 @@ class Curvature:
     def dim(self) -> int:
         """D."""
         return self.function.size
+
+    @property
+    def together(self) -> int:
+        """Numbers in the largest array that products make, where that is for them to choose."""
+        return work.together(self.dim, self.kind, self.memory_bytes, self.function.dtype.itemsize)
+
+    @property
+    def product_bytes(self) -> int:
+        """What products hold at most, beside vectors as many as theirs and what the model keeps of a batch.
+
+        The sum and what is added to it are two arrays of the vectors' size, and one sample's Jacobian may be a third.
+        """
+        return work.ARRAYS[self.kind] * self.together * self.function.dtype.itemsize
 
     def product(self, vectors_TD: Tensor, ids: Sequence[int] | None = None, report: Report = silent) -> Tensor:
         """Return H v for each row v, (T, D), with the mean over ``ids`` (default: the whole training set).
@@ -83,12 +98,12 @@ class Curvature:
                 f"finite second derivative, or it is beyond {self.function.dtype}: look at the scale of inputs and "
                 'losses, or use solver = "identity"'
             )
-        return total_TD / len(ids) + self.l2 * vectors_TD
+        return total_TD.div_(len(ids)).addcmul_(self.l2, vectors_TD)
 
     def on(self, batch: Batch) -> Product:
         """Return what multiplies by H with the mean over one batch, which is linearised once for all products."""
         count, total = size(batch), self._sum(batch)
-        return lambda vectors_TD: total(vectors_TD) / count + self.l2 * vectors_TD
+        return lambda vectors_TD: total(vectors_TD).div_(count).addcmul_(self.l2, vectors_TD)
 
     def gradient(self, report: Report = silent) -> Tensor:
         """Return the gradient of the training objective, (1/N) Σ ∇L(z_i, θ) + l2·θ, (D,): zero at an optimum."""
@@ -118,7 +133,7 @@ class Curvature:
         return self.function.losses(params, batch).sum()
 
     def _sum(self, batch: Batch) -> Product:
-        """Return what multiplies by the sum over a batch, without the penalty.
+        """Return what multiplies by the sum over a batch, without the penalty; its results are the caller's to change.
 
         The product raises StageError where the model has an operation that lacks a derivative, or raised; and
         MemoryError or OutOfMemoryError where there is not enough memory.
@@ -130,9 +145,9 @@ class Curvature:
             try:
                 sizes = self._sizes(batch)
                 if self._by_jacobian(sizes, batch, vectors_TD):
-                    return ggn_products(self.function, batch, vectors_TD, sizes.samples_together)
+                    return ggn_products(self.function, batch, vectors_TD, sizes.samples_together(self.together))
                 linear = linear or self._linear(batch)
-                return self._products(linear, sizes.vectors_together, vectors_TD)
+                return self._products(linear, sizes.vectors_together(self.together), vectors_TD)
             except StageError:
                 raise
             except Exception as error:
@@ -157,7 +172,7 @@ class Curvature:
 
     def _by_jacobian(self, sizes: work.Work, batch: Batch, vectors_TD: Tensor) -> bool:
         """Say whether to multiply by the Jacobian: where that pays, and was once found to be right."""
-        if self.kind != "ggn" or not sizes.jacobian_pays(len(vectors_TD)) or not only_tensors(batch):
+        if self.kind != "ggn" or not sizes.jacobian_pays(len(vectors_TD), self.together) or not only_tensors(batch):
             return False
         if self._jacobian is None:
             self._jacobian = self._jacobian_is_right(batch, vectors_TD[:2])
@@ -186,10 +201,10 @@ class Curvature:
         def flat(vector_D: Tensor) -> Tensor:
             return self.function.flatten(one(self.function.unflatten(vector_D)))
 
-        if together > 1 and len(vectors_TD) > 1:
-            products: Tensor = vmap(flat, chunk_size=together)(vectors_TD)
-            return products.detach()
-        return torch.stack([flat(vector_D) for vector_D in vectors_TD]).detach()
+        found_TD = torch.empty_like(vectors_TD)
+        for rows, into in zip(torch.split(vectors_TD, together), torch.split(found_TD, together), strict=True):
+            into.copy_(vmap(flat)(rows) if len(rows) > 1 else flat(rows[0]))
+        return found_TD
 
     def _linear(self, batch: Batch) -> Callable[[Parameters], Parameters]:
         """Linearise once for a batch; the result is reused by all vectors. Reverse mode only, so any model can."""

@@ -18,6 +18,8 @@ from stages.stage import Batch
 TOGETHER = 2**22
 """Numbers in the largest array that is worth making at once: larger ones leave the caches, and are paged in anew each
 time. Measured on networks of 650 to 42,000 parameters."""
+ARRAYS = {"ggn": 9, "hessian": 12}
+"""How many arrays of that size products with a curvature hold at once, at most; measured."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,33 @@ class Work:
     backward: float
     widest: int
 
-    def jacobian_pays(self, vectors: int) -> bool:
+    def jacobian_pays(self, vectors: int, together: int) -> bool:
         """Say whether GGN products take fewer operations by the Jacobian: K backward passes and two matrix products.
 
-        The other way, a product of one vector takes as much as two backward passes.
+        The other way, a product of one vector takes as much as two backward passes. One sample's Jacobian, and what
+        making it takes, must not be larger than an array of ``together`` numbers, or than the vectors.
         """
         by_jacobian = self.outputs * (self.backward + 4 * self.dim * vectors)
-        return 0 < by_jacobian < 2 * self.backward * vectors
+        fits = self._one_jacobian <= max(together, self.dim * vectors // 3)
+        return 0 < by_jacobian < 2 * self.backward * vectors and fits
 
-    @property
-    def vectors_together(self) -> int:
+    def vectors_together(self, together: int) -> int:
         """How many vectors to multiply at once, where each needs arrays of its own for the whole batch."""
-        return max(1, TOGETHER // max(self.dim, self.widest))
+        return max(1, together // max(self.dim, self.widest))
+
+    def samples_together(self, together: int) -> int:
+        """Of how many samples to have the Jacobian at once."""
+        return max(1, together // self._one_jacobian)
 
     @property
-    def samples_together(self) -> int:
-        """Of how many samples to have the Jacobian at once."""
-        return max(1, TOGETHER // (self.outputs * self.dim))
+    def _one_jacobian(self) -> int:
+        """Numbers in the largest array that one sample's Jacobian takes."""
+        return self.outputs * max(self.dim, self.widest // self.samples)
+
+
+def together(dim: int, kind: str, memory_bytes: int, itemsize: int) -> int:
+    """Return how many numbers an array may hold: one vector at least, and all such arrays a quarter of the memory."""
+    return max(dim, min(TOGETHER, memory_bytes // (4 * ARRAYS[kind] * itemsize)))
 
 
 def count(function: ModelFunction, batch: Batch) -> Work:

@@ -115,7 +115,7 @@ class Case:
 
     def curvature(self, kind: str, batch_size: int = 5) -> Curvature:
         """What the package makes of its curvature."""
-        return Curvature(self.function, self.data, kind, batch_size)
+        return Curvature(self.function, self.data, kind, batch_size, 2**30)
 
     @property
     def parameters(self) -> list[Tensor]:

@@ -57,7 +57,12 @@ class STest(Stage):
         solver.check_samples(len(curvature.samples))
         self.solver, self.curvature, self.prepared = solver, curvature, prepared
         self.per_sample = PerSample(function, function.measurements, samples, batch_size)
-        self.rows_at_once = max(1, memory_bytes // (solver.state_vectors * function.size * function.dtype.itemsize))
+        row = function.size * function.dtype.itemsize
+        # The block's solutions so far; and what products take, or before them the gradients of a batch.
+        self._fixed_bytes = 4 * function.size * min(block_rows, len(samples))
+        self._fixed_bytes += max(solver.fixed_bytes(curvature), 2 * batch_size * row)
+        self._row_bytes = solver.state_vectors * row
+        self.rows_at_once = max(1, (memory_bytes - self._fixed_bytes) // self._row_bytes)
         self._solve: Solve | None = None
         count = len(samples)
         self.grid = Grid((Axis("test", count, block_rows),))
@@ -70,6 +75,10 @@ class STest(Stage):
             ArraySpec("label", *per_test, "float64", about="label of each test sample, NaN where it has none"),
             ArraySpec("damping", *per_test, "float64", about="λ, absolute"),
         )
+
+    def held_bytes(self, rows: int) -> int:
+        """Return what solving for some test samples holds at once, at most."""
+        return self._fixed_bytes + self._row_bytes * rows
 
     def prepare(self, report: Report = silent) -> None:
         """Check model and test data."""
@@ -91,7 +100,9 @@ class STest(Stage):
                 rhs.append(rows.grads)
                 values.append(rows.values)
                 found["label"].append(labels(self.curvature.function, rows.batch, len(rows.grads)))
-            solution = self._solve(torch.cat(rhs), report)
+            rhs_TD = torch.cat(rhs)
+            rhs.clear()
+            solution = self._solve(rhs_TD, report)
             found["vectors"].append(solution.vectors.to("cpu", torch.float32).numpy())
             found["residual"].append(solution.residual.cpu().numpy())
             found["iterations"].append(solution.iterations.cpu().numpy())

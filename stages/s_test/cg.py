@@ -19,6 +19,7 @@ from stages.s_test.solver import (
     Solution,
     Solve,
     check_sample,
+    dots,
     fixed_sample,
     negative_curvature,
     norms,
@@ -46,7 +47,7 @@ class Cg(CurvatureSolver):
         sample: "all", or how many training samples H is taken over.
     """
 
-    state_vectors: ClassVar[int] = 6
+    state_vectors: ClassVar[int] = 9
 
     solver: Literal["cg"] = "cg"
     tolerance: Fraction = 1e-3
@@ -81,7 +82,7 @@ class Cg(CurvatureSolver):
             def damped(vectors: Tensor) -> Tensor:
                 nonlocal calls
                 calls += 1
-                return product(vectors) + damping * vectors
+                return product(vectors).add_(vectors, alpha=damping)
 
             vectors, iterations, residual = conjugate_gradients(damped, rhs_TD, self.tolerance, self.max_iterations)
             if vectors is None:
@@ -152,31 +153,33 @@ def conjugate_gradients(
     active = best > goal
     while active.any():
         true[active] = torch.nan
-        direction = residual.clone()
-        square = norms(residual) ** 2
-        running = active.clone()
-        while running.any():
-            rows = torch.nonzero(running).flatten()
-            step_direction = direction[rows]
-            image = product(step_direction)
+        # Rows that have not stopped, and what there is of these alone, so that the others cost nothing.
+        rows = torch.nonzero(active).flatten()
+        found, left = vectors[rows], residual[rows]
+        direction, square = left.clone(), norms(left) ** 2
+        while len(rows):
+            image = product(direction)
             iterations[rows.cpu()] += 1
-            curve = (step_direction.double() * image.double()).sum(1)
+            curve = dots(direction, image)
             if not (curve > 0).all():
                 return None, iterations, true
-            step = square[rows] / curve
-            vectors[rows] += (step.unsqueeze(1) * step_direction).to(vectors.dtype)
-            residual[rows] -= (step.unsqueeze(1) * image).to(residual.dtype)
-            following = norms(residual[rows]) ** 2
-            ratio = (following / square[rows]).unsqueeze(1).to(direction.dtype)
-            direction[rows] = residual[rows] + ratio * step_direction
-            square[rows] = following
-            running[rows] = (following.sqrt() > goal[rows]) & (iterations[rows.cpu()] < max_iterations).to(rows.device)
+            step = (square / curve).unsqueeze(1).to(left.dtype)
+            found.addcmul_(step, direction)
+            left.addcmul_(step, image, value=-1)
+            del image
+            following = norms(left) ** 2
+            direction.mul_((following / square).unsqueeze(1).to(left.dtype)).add_(left)
+            square = following
+            on = (square.sqrt() > goal[rows]) & (iterations[rows.cpu()] < max_iterations).to(rows.device)
+            if not on.all():
+                vectors[rows[~on]], residual[rows[~on]] = found[~on], left[~on]
+                rows, found, left, direction, square = (part[on] for part in (rows, found, left, direction, square))
         active &= (iterations < max_iterations).to(active.device)
         rows = torch.nonzero(active).flatten()
         if len(rows):
             residual[rows] = rhs_TD[rows] - product(vectors[rows])
             iterations[rows.cpu()] += 1
-            found = norms(residual[rows])
-            active[rows] = (found > goal[rows]) & (found < best[rows] / 2)
-            best[rows] = true[rows] = found
+            size_left = norms(residual[rows])
+            active[rows] = (size_left > goal[rows]) & (size_left < best[rows] / 2)
+            best[rows] = true[rows] = size_left
     return vectors, iterations, torch.where(size > 0, true / size, true)

@@ -34,6 +34,10 @@ class Exact(CurvatureSolver):
     def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
         return float(np.trace(prepared["matrix"][:])) / curvature.dim
 
+    def fixed_bytes(self, curvature: Curvature) -> int:
+        """Return what H, its factor and one copy take."""
+        return 3 * 8 * curvature.dim**2
+
     def check_size(self, dim: int, memory_bytes: int) -> None:
         """Refuse a matrix that does not fit: H, its factor and one copy are held at once.
 

@@ -31,10 +31,11 @@ from stages.s_test.solver import (
     Prepared,
     Solution,
     Solve,
+    dots,
     norms,
     relative_residual,
 )
-from stages.stage import Array, Progress, Report, StageError
+from stages.stage import Array, Batch, Progress, Report, StageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +63,7 @@ class Lissa(CurvatureSolver):
         tolerance: relative change of the estimate at which it counts as settled.
     """
 
-    state_vectors: ClassVar[int] = 9
+    state_vectors: ClassVar[int] = 12
 
     solver: Literal["lissa"] = "lissa"
     recursion_depth: Literal["auto"] | Count = "auto"
@@ -145,7 +146,7 @@ class Lissa(CurvatureSolver):
                 counts[rows] += 1
                 before = estimate - mean[rows]
                 mean[rows] += before / counts[rows].to(mean).unsqueeze(1)
-                squares[rows] += (before.double() * (estimate - mean[rows]).double()).sum(1).cpu()
+                squares[rows] += dots(before, estimate - mean[rows]).cpu()
                 if self.repeats == "auto" and repeat >= 2:
                     active &= ~(_standard_error(squares, counts) <= self.tolerance * norms(mean).cpu())
                 if not active.any():
@@ -217,17 +218,16 @@ class _Recursion:
         settled, calm = torch.zeros(2, len(rhs_TD), dtype=torch.bool)
         # Test samples that have not settled, and what there is of these alone, so that the others cost nothing.
         rows = torch.arange(len(rhs_TD))
-        start, current = estimate, estimate.clone()
+        start, norm, current = estimate, norms(estimate), estimate.clone()
         window, previous_window = torch.zeros_like(current), torch.zeros_like(current)
         estimate = estimate.clone()
         checkpoint = 0
         minibatches = itertools.islice(self.settings._minibatches(self.curvature, self.repeat), self.depth)
         with closing(self.curvature.samples.stream(minibatches)) as batches:
             for step, batch in enumerate(batches, 1):
-                product = self.curvature.on(batch)(current)
-                current.mul_(1 - self.damping / self.scale).add_(start).sub_(product, alpha=1 / self.scale)
+                self._step(start, current, batch)
                 window += current
-                diverged = self._diverged(start, current, step)
+                diverged = self._diverged(norm, current, step)
                 if diverged:
                     break
                 at_checkpoint = step == max(1, 2 * checkpoint)
@@ -240,6 +240,7 @@ class _Recursion:
                         found = (previous_window + window) / (step - checkpoint // 2)
                     change = norms(found - estimate[rows]) / norms(found).clamp_min(torch.finfo(torch.float64).tiny)
                     estimate[rows] = found
+                    del found
                     small = (change <= self.settings.tolerance).cpu() & (step >= 4)
                     done = small & at_checkpoint & (calm[rows] | (step == self.depth))
                     calm[rows] = small
@@ -247,8 +248,8 @@ class _Recursion:
                     steps[rows[done]] = step
                     if done.any():
                         rows = rows[~done]
-                        start, current, window, previous_window = (
-                            part[~done] for part in (start, current, window, previous_window)
+                        start, norm, current, window, previous_window = (
+                            part[~done] for part in (start, norm, current, window, previous_window)
                         )
                 self.report(Progress(step, self.depth, f"lissa step {step}, {len(rows)} test samples"))
                 if not len(rows):
@@ -257,14 +258,21 @@ class _Recursion:
             raise self._divergence(step)
         return estimate, steps, settled
 
-    def _diverged(self, start: Tensor, current: Tensor, step: int) -> bool:
-        """Say whether some x has left where a recursion that converges stays.
+    def _step(self, start: Tensor, current: Tensor, batch: Batch) -> None:
+        """Replace x by the next one."""
+        import torch
+
+        product = self.curvature.on(batch)(current)
+        torch.add(start, current, alpha=1 - self.damping / self.scale, out=current).sub_(product, alpha=1 / self.scale)
+
+    def _diverged(self, norm: Tensor, current: Tensor, step: int) -> bool:
+        """Say whether some x has left where a recursion that converges stays, given its start's norm.
 
         That is |x| ≤ |v| · (step + 1) / scale, which is reached where H + λI is zero.
         """
         if step % 8 and step != self.depth:
             return False
-        return not bool((norms(current) <= 10 * (step + 1) * norms(start)).all())
+        return not bool((norms(current) <= 10 * (step + 1) * norm).all())
 
     def _divergence(self, step: int) -> StageError:
         """Make the error for a recursion that diverges: with the damping, or the scale, that would have worked."""

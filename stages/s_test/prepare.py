@@ -39,6 +39,11 @@ class Prepare(Stage):
             self.grid = Grid((Axis("part", 1, 1),))
             self.arrays = numbers
 
+    def held_bytes(self, vectors: int) -> int:
+        """Return what products with so many vectors, and drawing or keeping these, hold at once, at most."""
+        row = self.curvature.dim * self.curvature.function.dtype.itemsize
+        return 6 * row * vectors + self.curvature.product_bytes
+
     def prepare(self, report: Report = silent) -> None:
         """Check model and training data."""
         from stages.grad_z import PerSample

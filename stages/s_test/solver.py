@@ -77,13 +77,13 @@ class Solver(BaseModel):
 
     Attributes:
         dense: whether what it prepares is the whole matrix H, band by band.
-        state_vectors: vectors of D floats that it holds for each test sample at once.
+        state_vectors: vectors of D floats that it holds for each test sample at once, products' results among them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dense: ClassVar[bool] = False
-    state_vectors: ClassVar[int] = 1
+    state_vectors: ClassVar[int] = 3
 
     solver: str
 
@@ -98,6 +98,10 @@ class Solver(BaseModel):
     def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
         """Find once what all test samples share; ``prepared`` has the matrix where the solver is dense."""
         return {}
+
+    def fixed_bytes(self, curvature: Curvature) -> int:
+        """Return what it holds beside its vectors."""
+        return 0
 
     def check_size(self, dim: int, memory_bytes: int) -> None:
         """Refuse a problem that this solver cannot hold.
@@ -155,6 +159,10 @@ class CurvatureSolver(Solver):
             found["mean_eigenvalue"] = np.float64(self._mean_eigenvalue(curvature, prepared, report))
         return {name: np.asarray(value) for name, value in found.items()}
 
+    def fixed_bytes(self, curvature: Curvature) -> int:
+        """Return what products with H take."""
+        return curvature.product_bytes
+
     def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
         from stages.curvature import mean_eigenvalue
 
@@ -183,6 +191,14 @@ def norms(vectors_TD: Tensor) -> Tensor:
 
     found: Tensor = torch.linalg.vector_norm(vectors_TD, dim=1, dtype=torch.float64)
     return found
+
+
+def dots(first_TD: Tensor, second_TD: Tensor) -> Tensor:
+    """Return the product of each row with the other's, (T,), in double precision: a few rows' copies at a time."""
+    import torch
+
+    pairs = zip(torch.split(first_TD, 8), torch.split(second_TD, 8), strict=True)
+    return torch.cat([torch.linalg.vecdot(first.double(), second.double()) for first, second in pairs])
 
 
 def relative_residual(product: Product, damping: float, rhs_TD: Tensor, vectors_TD: Tensor) -> Tensor:

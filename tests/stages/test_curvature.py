@@ -66,9 +66,12 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     vmap = curvature_module.vmap
 
-    def watched(function: Any, chunk_size: int) -> Any:
-        seen.append(chunk_size)
-        return vmap(function, chunk_size=chunk_size)
+    def watched(function: Any) -> Any:
+        def mapped(rows: Tensor) -> Any:
+            seen.append(len(rows))
+            return vmap(function)(rows)
+
+        return mapped
 
     monkeypatch.setattr(curvature_module, "vmap", watched)
     return seen
@@ -79,11 +82,10 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_vectors_one_by_one_give_the_same_as_vectors_together(
     case: Case, kind: str, chunks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Work, "jacobian_pays", lambda self, vectors: False)
+    monkeypatch.setattr(Work, "jacobian_pays", lambda self, vectors, together: False)
     vectors = vectors_for(case, 7)
     together = case.curvature(kind, 64).product(vectors)
-    assert set(chunks)
-    assert min(chunks) >= 7
+    assert set(chunks) == {7}
     chunks.clear()
     monkeypatch.setattr(work, "TOGETHER", 1)
     one_by_one = case.curvature(kind, 64).product(vectors)
@@ -111,7 +113,7 @@ def jacobians(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(together)
         return ggn_products(function, batch, vectors, together)
 
-    monkeypatch.setattr(Work, "jacobian_pays", lambda self, vectors: self.outputs > 0)
+    monkeypatch.setattr(Work, "jacobian_pays", lambda self, vectors, together: self.outputs > 0)
     monkeypatch.setattr(curvature_module, "ggn_products", watched)
     return seen
 
@@ -121,7 +123,7 @@ def jacobians(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_products_by_the_jacobian_are_those_of_the_dense_matrix(
     case: Case, together: int, jacobians: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Work, "samples_together", together)
+    monkeypatch.setattr(Work, "samples_together", lambda self, numbers: together)
     vectors = vectors_for(case)
     torch.testing.assert_close(case.curvature("ggn", 64).product(vectors), vectors @ dense(case, "ggn"), **EXACT)
     assert together in jacobians
@@ -188,13 +190,41 @@ def test_a_jacobian_that_is_wrong_is_not_used(
     assert "without the Jacobian" in caplog.text
 
 
+CONVOLUTIONS = Work(samples=32, outputs=10, dim=42_026, backward=3.0e6, widest=401_408)
+
+
 def test_the_jacobian_pays_for_convolutions_and_many_vectors_only() -> None:
-    convolutions = Work(samples=32, outputs=10, dim=42_026, backward=3.0e6, widest=401_408)
-    assert convolutions.jacobian_pays(64)
-    assert not convolutions.jacobian_pays(1)
+    assert CONVOLUTIONS.jacobian_pays(64, 2**22)
+    assert not CONVOLUTIONS.jacobian_pays(1, 2**22)
     linear = Work(samples=32, outputs=10, dim=39_760, backward=8.0e4, widest=25_088)
-    assert not linear.jacobian_pays(64)
-    assert not Work(samples=32, outputs=0, dim=10, backward=1e9, widest=1).jacobian_pays(64)
+    assert not linear.jacobian_pays(64, 2**22)
+    assert not Work(samples=32, outputs=0, dim=10, backward=1e9, widest=1).jacobian_pays(64, 2**22)
+
+
+def test_a_jacobian_is_of_no_more_samples_than_fit_and_not_larger_than_the_vectors() -> None:
+    assert CONVOLUTIONS.samples_together(2**22) == 2**22 // 420_260
+    wide = Work(samples=32, outputs=10, dim=650, backward=3.0e6, widest=401_408)
+    assert wide.samples_together(2**22) == 2**22 // 125_440, "what makes it is larger than the Jacobian"
+    assert wide.samples_together(1) == wide.vectors_together(1) == 1
+    assert CONVOLUTIONS.vectors_together(2**22) == 10
+    assert CONVOLUTIONS.jacobian_pays(30, 1)
+    assert not CONVOLUTIONS.jacobian_pays(29, 1), "a third of the vectors is smaller than ten of their rows"
+    assert CONVOLUTIONS.jacobian_pays(29, 420_260)
+
+
+@KINDS
+@pytest.mark.parametrize("itemsize", [4, 8])
+@pytest.mark.parametrize("dim", [7, 42_026, 10**7])
+@pytest.mark.parametrize("memory", [1, 2**20, 2**26, 2**31])
+def test_products_take_a_quarter_of_the_memory_or_what_one_vector_takes(
+    kind: str, itemsize: int, dim: int, memory: int
+) -> None:
+    numbers = work.together(dim, kind, memory, itemsize)
+    arrays = work.ARRAYS[kind] * itemsize
+    assert numbers == dim or dim < numbers <= work.TOGETHER
+    assert numbers == dim or arrays * numbers <= memory / 4
+    if dim < numbers < work.TOGETHER:
+        assert arrays * (numbers + 1) > memory / 4, "no less than there is room for"
 
 
 def test_work_is_counted_by_sizes() -> None:
