@@ -79,7 +79,7 @@ def verify(works: Works, tests: Sequence[str], sample: int, mend: Callable[[], N
         if not _damaged_description(path):
             _verify_files(Group(path), found, show=show)
     for data in _data_sets(works, tests):
-        ids = data.expected
+        ids = data.expected.tolist()
         found.samples += len(ids)
         with runner.watched(f"samples of {data.name}", len(ids), show) as report:
             changed = data.changed(ids, report)
@@ -192,7 +192,7 @@ def _changed(works: Works, tests: Sequence[str]) -> dict[DataSet, dict[int, Arra
     """Read all samples again; return the digests of changed ones, by data set and position."""
     found, show = {}, works.settings.runtime.progress
     for data in _data_sets(works, tests):
-        ids = data.expected
+        ids = data.expected.tolist()
         with runner.watched(f"samples of {data.name}", len(ids), show) as report:
             found[data] = data.changed(ids, report)
     return found

@@ -82,7 +82,7 @@ class Influences:
         group = found[0]
         if not group.merged():
             raise MissingStage(f"the results for {tests!r} in {folder.path} are not complete: run the pipeline again")
-        lost = next((block.index for block in group.layout.grid if not group.valid(block)), None)
+        lost = next((block.index for block in group.layout.grid if group.whole(block) is None), None)
         if lost:
             raise MissingStage(f"block {lost} of {group.path} has lost files: run the pipeline again, it is made anew")
         return cls(folder, group)
