@@ -463,7 +463,7 @@ def test_xarray_opens_every_group(done: Path) -> None:
         if path.is_dir():
             with xarray.open_zarr(path, consolidated=False, chunks=None) as data:
                 assert data.load().data_vars
-    scores = xarray.open_zarr(next(done.glob("influence/*")), consolidated=False, chunks=None)["scores"]
+    scores = xarray.open_zarr(next(done.glob("influence/*/scores")).parent, consolidated=False, chunks=None)["scores"]
     assert scores.dims == ("test", "sample")
     assert scores.shape == (10, 60)
 
