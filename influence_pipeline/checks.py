@@ -62,9 +62,18 @@ class Verification:
             )
         if self.differing:
             lines.append("other gradients: the code of task or model changed; undo that, or raise the task's `version`")
-        counts = f"{self.blocks} blocks, {self.samples} samples and {self.rows} recomputed gradients"
-        absent = f"; {self.absent} blocks are not there, the next run computes them" if self.absent else ""
+        counts = (
+            f"{_counted(self.blocks, 'block')}, {_counted(self.samples, 'sample')} and "
+            f"{_counted(self.rows, 'recomputed gradient')}"
+        )
+        is_not, them = ("is not", "it") if self.absent == 1 else ("are not", "them")
+        there = f"; {_counted(self.absent, 'block')} {is_not} there, the next run computes {them}"
+        absent = there if self.absent else ""
         return "\n".join([*lines, f"{counts} read: {'see above' if lines else 'as they were written'}{absent}"])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def verify(works: Works, tests: Sequence[str], sample: int, mend: Callable[[], None]) -> Verification:

@@ -192,7 +192,10 @@ class Pipeline:
             sample: how many random training gradients to compute again.
         """
         names = tests or self.tests
-        return checks.verify(self._works, names, sample, lambda: self._mend(*self._places(self.tests)))
+        # What is damaged stands in what is returned, so that it is not said at once, too.
+        return checks.verify(
+            self._works, names, sample, lambda: self._mend(*self._places(self.tests), said=logging.INFO)
+        )
 
     def refresh(self, *tests: str) -> dict[str, list[int]]:
         """Read all samples again, and discard what is cached of those that changed, for the next run to compute.
@@ -355,14 +358,14 @@ class Pipeline:
     def _exists(self, place: Place) -> bool:
         return (self.cache.path / place.stage / place.name).is_dir()
 
-    def _mend(self, *places: Place | None) -> None:
-        """Mend damaged descriptions, which follow from the identity and from sizes."""
+    def _mend(self, *places: Place | None, said: int = logging.WARNING) -> None:
+        """Mend damaged descriptions, which follow from the identity and from sizes; ``said`` is at which level."""
         for place in places:
             if place is not None and self._exists(place):
                 try:
                     Group(self.cache.path / place.stage / place.name).layout  # noqa: B018 - reads them all
                 except CacheDamaged as damage:
-                    log.warning("%s", damage)
+                    log.log(said, "%s", damage)
                     self.cache.create(place.stage, place.name, self._works.undamaged(place).layout, place.attributes)
 
     def _open(self, place: Place) -> Group:

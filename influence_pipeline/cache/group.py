@@ -535,7 +535,7 @@ class Group:
         try:
             Group.create(aside / "stage" / path.name, layout, attributes)
             for name in damaged:
-                log.warning("%s is damaged and mended", path / name / DESCRIPTION)
+                log.info("%s is mended", path / name / DESCRIPTION)  # whoever found it damaged said so
                 (path / name).mkdir(exist_ok=True)
                 (aside / "stage" / path.name / name / DESCRIPTION).replace(path / name / DESCRIPTION)
         finally:

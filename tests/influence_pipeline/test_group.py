@@ -237,6 +237,16 @@ def test_a_damaged_description_is_mended(
     assert tiny.files(done) == before
 
 
+def test_a_damaged_description_is_said_once_by_verify(done: Path, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    path = next(done.glob("grad_z/*/norm/zarr.json"))
+    path.write_bytes(path.read_bytes()[:-3])
+    found = make().verify()
+    assert len(found.damaged) == 1
+    assert str(path) in found.damaged[0]
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    assert make().verify().damaged == []
+
+
 def test_lengths_that_disagree_are_mended(done: Path, make: Make, computed: list[str]) -> None:
     before = tiny.files(done)
     path = next(done.glob("influence/*/train_ids/zarr.json"))
