@@ -62,9 +62,18 @@ class Verification:
             )
         if self.differing:
             lines.append("other gradients: the code of task or model changed; undo that, or raise the task's `version`")
-        counts = f"{self.blocks} blocks, {self.samples} samples and {self.rows} recomputed gradients"
-        absent = f"; {self.absent} blocks are not there, the next run computes them" if self.absent else ""
+        counts = (
+            f"{_counted(self.blocks, 'block')}, {_counted(self.samples, 'sample')} and "
+            f"{_counted(self.rows, 'recomputed gradient')}"
+        )
+        is_not, them = ("is not", "it") if self.absent == 1 else ("are not", "them")
+        there = f"; {_counted(self.absent, 'block')} {is_not} there, the next run computes {them}"
+        absent = there if self.absent else ""
         return "\n".join([*lines, f"{counts} read: {'see above' if lines else 'as they were written'}{absent}"])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def verify(works: Works, tests: Sequence[str], sample: int, mend: Callable[[], None]) -> Verification:
@@ -79,7 +88,7 @@ def verify(works: Works, tests: Sequence[str], sample: int, mend: Callable[[], N
         if not _damaged_description(path):
             _verify_files(Group(path), found, show=show)
     for data in _data_sets(works, tests):
-        ids = data.expected
+        ids = data.expected.tolist()
         found.samples += len(ids)
         with runner.watched(f"samples of {data.name}", len(ids), show) as report:
             changed = data.changed(ids, report)
@@ -192,7 +201,7 @@ def _changed(works: Works, tests: Sequence[str]) -> dict[DataSet, dict[int, Arra
     """Read all samples again; return the digests of changed ones, by data set and position."""
     found, show = {}, works.settings.runtime.progress
     for data in _data_sets(works, tests):
-        ids = data.expected
+        ids = data.expected.tolist()
         with runner.watched(f"samples of {data.name}", len(ids), show) as report:
             found[data] = data.changed(ids, report)
     return found

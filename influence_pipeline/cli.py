@@ -241,10 +241,13 @@ def show(
         RequestError: it is not clear of what, or there is no such test sample.
     """
     from influence_pipeline.cache import Cache
+    from influence_pipeline.influences import refuse_damaged
 
     folder = _cache(settings)
     names = sorted({group.attributes["tests"] for group in Cache(folder).groups("influence")})
     if tests is None:
+        if not names:
+            refuse_damaged(Cache(folder))
         if len(names) != 1:
             raise ip.RequestError(f"--tests is needed; results are cached for: {', '.join(names) or 'nothing'}")
         tests = names[0]

@@ -11,7 +11,6 @@ import torch
 
 from influence_pipeline import plan
 from influence_pipeline.cache import FORMAT
-from influence_pipeline.cache.record import digest
 from influence_pipeline.errors import CacheMismatch, RequestError
 from influence_pipeline.experiment import Experiment, weights_hash
 from influence_pipeline.samples import DataSet, First, PerClass, per_class
@@ -115,10 +114,6 @@ class Context:
         chosen = self.settings.runtime.device_batch
         batch = 256 if chosen == "auto" else chosen
         return Curvature(self.function, First(self.train, count), kind, batch, self.memory)
-
-    def fingerprint(self, count: int) -> bytes:
-        """Return a digest of the first ``count`` training samples."""
-        return digest([count.to_bytes(8, "little"), self.train.digests(range(count))])
 
     # ---- identities: what changes an array, and nothing else ------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from influence_pipeline.cache import Cache, Group
-from influence_pipeline.errors import MissingStage, RequestError, WorkError
+from influence_pipeline.errors import CacheDamaged, MissingStage, RequestError, WorkError
 from stages.influence.ranking import bottom_k, top_k
 from stages.stage import Array
 
@@ -61,6 +61,7 @@ class Influences:
         Raises:
             MissingStage: nothing is cached, or it is not complete.
             RequestError: several are cached and none is chosen.
+            CacheDamaged: it is complete, and damaged.
         """
         folder = Cache(cache)
         found = [
@@ -69,6 +70,7 @@ class Influences:
             if group.attributes["tests"] == tests and key in (None, group.path.name.removeprefix(f"{tests}-"))
         ]
         if not found:
+            refuse_damaged(folder, tests)
             there = sorted({group.attributes["tests"] for group in folder.groups("influence")}) or ["nothing"]
             what = f"{tests!r}" + (f" with key {key}" if key else "")
             raise MissingStage(f"no results for {what} in {folder.path}; there is: {', '.join(there)}")
@@ -80,11 +82,14 @@ class Influences:
                 lines.append(f'  key="{group.path.name.removeprefix(f"{tests}-")}"  {json.dumps(settings)}')
             raise RequestError(f"several results for {tests!r} in {folder.path}; choose one:\n" + "\n".join(lines))
         group = found[0]
+        again = "run the pipeline again, it is made anew"
         if not group.merged():
+            if damage := group.damage_of_merged():
+                raise CacheDamaged(f"{damage}: {again}", group.path)
             raise MissingStage(f"the results for {tests!r} in {folder.path} are not complete: run the pipeline again")
-        lost = next((block.index for block in group.layout.grid if not group.valid(block)), None)
+        lost = next((block.index for block in group.layout.grid if group.whole(block) is None), None)
         if lost:
-            raise MissingStage(f"block {lost} of {group.path} has lost files: run the pipeline again, it is made anew")
+            raise CacheDamaged(f"block {lost} of {group.path} has lost files: {again}", group.path)
         return cls(folder, group)
 
     @property
@@ -294,3 +299,14 @@ class Influences:
         if math.isnan(label):
             return None
         return int(label) if label.is_integer() else label
+
+
+def refuse_damaged(cache: Cache, tests: str | None = None) -> None:
+    """Refuse to say that there are no results, of a test set or at all, where their description is damaged.
+
+    Raises:
+        CacheDamaged: one is.
+    """
+    for path in cache.paths("influence"):
+        if tests in (None, path.name.rpartition("-")[0]):
+            Group(path)

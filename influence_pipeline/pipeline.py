@@ -147,22 +147,25 @@ class Pipeline:
             MissingStage: gradients or solutions are not complete; the message has the call that makes them.
             CacheDamaged: what was written is damaged again and again.
         """
-        names = list(self._named(tests))
-        found = {}
-        while names:
-            name = names.pop(0)
-            found[name] = self._influence(name, names)
-        return found
+        names = self._named(tests)
+        self._mend(*self._places(names), self._works.grad_z_place())
+        for place in self._works.read_by_influence(names):
+            self._check_data(place)
+            self._works.require(place)
+        return self._influences(names)
+
+    def _influences(self, tests: Sequence[str]) -> dict[str, Influences]:
+        """Compute scores and rankings; what they are made of is looked at where some are missing, and not before.
+
+        Raises:
+            MissingStage: it is not complete.
+        """
+        return {name: self._influence(name, tests[position + 1 :]) for position, name in enumerate(tests)}
 
     def _influence(self, tests: str, beside: Sequence[str]) -> Influences:
         works = self._works
-        place, solved = works.influence_place(tests), works.s_test_place(tests)
-        self._mend(works.grad_z_place(), works.curvature_place(), solved, place)
-        if self.settings.grad_z.store:
-            self._require(works.grad_z_place(), "grad_z()", "grad-z")
-        self._require(solved, f"s_test({tests!r})", f"s-test --tests {tests}")
-        for name in beside:
-            self._require(works.s_test_place(name), f"s_test({name!r})", f"s-test --tests {name}")
+        place = works.influence_place(tests)
+        self._mend(place)
         others = works.beside(place, [works.influence_place(name) for name in beside])
         for _ in range(MOST_MENDS):
             self._seconds[tests] = self._seconds.get(tests, 0.0) + self._run(place, others).seconds
@@ -189,7 +192,10 @@ class Pipeline:
             sample: how many random training gradients to compute again.
         """
         names = tests or self.tests
-        return checks.verify(self._works, names, sample, lambda: self._mend(*self._places(self.tests)))
+        # What is damaged stands in what is returned, so that it is not said at once, too.
+        return checks.verify(
+            self._works, names, sample, lambda: self._mend(*self._places(self.tests), said=logging.INFO)
+        )
 
     def refresh(self, *tests: str) -> dict[str, list[int]]:
         """Read all samples again, and discard what is cached of those that changed, for the next run to compute.
@@ -230,7 +236,7 @@ class Pipeline:
         for name in names:
             self.s_test(name)
         try:
-            return self.influences(*names)
+            return self._influences(names)
         except MissingStage as missing:
             raise WorkError(f"something that this run computed was removed meanwhile: run again ({missing})") from None
 
@@ -352,14 +358,14 @@ class Pipeline:
     def _exists(self, place: Place) -> bool:
         return (self.cache.path / place.stage / place.name).is_dir()
 
-    def _mend(self, *places: Place | None) -> None:
-        """Mend damaged descriptions, which follow from the identity and from sizes."""
+    def _mend(self, *places: Place | None, said: int = logging.WARNING) -> None:
+        """Mend damaged descriptions, which follow from the identity and from sizes; ``said`` is at which level."""
         for place in places:
             if place is not None and self._exists(place):
                 try:
                     Group(self.cache.path / place.stage / place.name).layout  # noqa: B018 - reads them all
                 except CacheDamaged as damage:
-                    log.warning("%s", damage)
+                    log.log(said, "%s", damage)
                     self.cache.create(place.stage, place.name, self._works.undamaged(place).layout, place.attributes)
 
     def _open(self, place: Place) -> Group:
@@ -413,22 +419,6 @@ class Pipeline:
                 return
 
     # ---- refusing ------------------------------------------------------------------------------------------------
-
-    def _require(self, place: Place, call: str, command: str) -> None:
-        """Refuse to go on from a stage that is not complete, or whose samples have changed.
-
-        Raises:
-            MissingStage: blocks are missing.
-        """
-        self._check_data(place)
-        work, group = self._works.work(place), self._works.find(place)
-        missing = runner.pending(work, group)
-        if group is None or missing:
-            raise MissingStage(
-                f"{place.stage}{f' of {place.tests}' if place.tests else ''} is not complete: {len(missing)} of "
-                f"{len(work.stage.grid)} blocks are missing. First: pipeline.{call}, or "
-                f"`influence-pipeline {command} …`; `run` does all"
-            )
 
     def _refuse_second(self, place: Place) -> None:
         """Refuse to start gradients of a training set that has some, under another identity.

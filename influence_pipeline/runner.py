@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from influence_pipeline.cache import Group, Layout, claims, leave_no_lock
 from influence_pipeline.cache.claims import Claim
-from influence_pipeline.cache.record import NOTHING, digest
+from influence_pipeline.cache.record import NOTHING, Record, digest
 from influence_pipeline.cache.writing import BlockWriting
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.samples import DIGEST_BYTES, DataSet
@@ -96,18 +96,18 @@ class Work:
         """Return a digest of the samples that a block reads."""
         if self.whole is not None:
             data, count = self.whole
-            return digest([count.to_bytes(8, "little"), data.digests(range(count))])
+            return data.fingerprint(count)
         if self.data is not None:
             return digest([self.data.digests(block.ids(self.stage.grid.axes[0].name))])
         return NOTHING
 
-    def valid(self, group: Group, block: Block) -> bool:
-        """Say whether a block is there, and of what it would be computed of now."""
-        if group.record(block) is None:
-            return False
-        # The samples along the axis were kept with the block; whoever reads one compares it.
-        samples = self.samples(block) if self.whole is not None else None
-        return group.valid(block, samples, self.inputs(block))
+    def valid(self, group: Group, block: Block) -> Record | None:
+        """Return the record of a block that is there, and of what it would be computed of now; None for another."""
+        record = group.whole(block)
+        if record is None or record.inputs != self.inputs(block):
+            return None
+        # Samples along the axis were kept with the block; whoever reads one compares it.
+        return record if self.whole is None or record.samples == self.samples(block) else None
 
     def ready(self) -> None:
         """Do once, in the process that computes, what must be done before the first block."""

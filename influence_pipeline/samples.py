@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from influence_pipeline.cache.record import digest as digest_of
 from influence_pipeline.errors import CacheMismatch, RequestError, WorkError
 from influence_pipeline.task import targets_of
 from stages.batch import leaves, map_leaves, only_tensors, size, to_device
@@ -116,6 +117,7 @@ class DataSet:
         self._digests = np.zeros((self._length, DIGEST_BYTES), np.uint8)
         self._known = np.zeros(self._length, bool)
         self._fetched = np.zeros(self._length, bool)
+        self._fingerprints: dict[int, bytes] = {}
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -194,12 +196,18 @@ class DataSet:
 
     def digests(self, ids: Sequence[int]) -> Array:
         """Return the digests of some samples, (n, 16) uint8; those neither read nor expected are fetched."""
-        # A range of a million ids is an array at once this way, and a loop otherwise.
-        rows = np.arange(ids.start, ids.stop, ids.step) if isinstance(ids, range) else np.asarray(ids, dtype=np.int64)
-        for position in rows[~self._known[rows]].tolist():
-            self.sample(position)
-        found: Array = self._digests[rows]
+        # A range of a million ids is one copy this way, and a loop otherwise.
+        rows = slice(ids.start, ids.stop) if isinstance(ids, range) and ids.step == 1 else np.asarray(ids, np.int64)
+        for number in np.flatnonzero(~self._known[rows]).tolist():
+            self.sample(int(ids[number]))
+        found: Array = self._digests[rows].copy()
         return found
+
+    def fingerprint(self, count: int) -> bytes:
+        """Return a digest of the first ``count`` samples, taken once: what is known stays until it is forgotten."""
+        if count not in self._fingerprints:
+            self._fingerprints[count] = digest_of([count.to_bytes(8, "little"), self.digests(range(count))])
+        return self._fingerprints[count]
 
     def expect(self, digests: Array, start: int) -> None:
         """Refuse, from now on, samples that are not those of which something is cached.
@@ -210,14 +218,14 @@ class DataSet:
         """
         part = slice(start, min(start + len(digests), self._length))
         new = ~self._known[part]
-        self._digests[part][new] = digests[: len(new)][new]
+        rows = slice(None) if new.all() else new  # a slice of a million rows is one copy
+        self._digests[part][rows] = digests[: len(new)][rows]
         self._known[part] = True
 
     @property
-    def expected(self) -> list[int]:
-        """The positions of samples whose digest is known."""
-        found: list[int] = np.flatnonzero(self._known).tolist()
-        return found
+    def expected(self) -> Array:
+        """The positions of samples whose digest is known, (n,) int64."""
+        return np.flatnonzero(self._known)
 
     @property
     def all_expected(self) -> bool:
@@ -227,6 +235,7 @@ class DataSet:
     def forget(self) -> None:
         """Expect nothing of any sample."""
         self._known[:], self._fetched[:], self._kept = False, False, None
+        self._fingerprints.clear()
 
     def changed(self, ids: Sequence[int], report: Callable[[int], None] = lambda count: None) -> dict[int, Array]:
         """Fetch some samples, and return the digests of those that are not what was expected, by position."""

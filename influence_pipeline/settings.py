@@ -264,7 +264,10 @@ def _explain(error: ValidationError) -> str:
         unknown = problem["type"] == "extra_forbidden"
         last = problem["loc"][-1:] if unknown else ()
         place = ".".join(_key(part) for part in problem["loc"] if part in known or part in tests or part in last)
-        message, found = problem["msg"].removeprefix("Value error, "), problem["input"]
+        message, found = (
+            problem["msg"].removeprefix("Value error, ").replace("Input should ", "must "),
+            problem["input"],
+        )
         if unknown:
             close = difflib.get_close_matches(str(last[0]), _neighbours(problem["loc"]), 1)
             message = "unknown setting" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -18,7 +18,7 @@ from influence_pipeline.cache.record import digest
 from influence_pipeline.context import Context, sentinels
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError
 from influence_pipeline.plan import show_bytes
-from influence_pipeline.runner import DIGESTS, Work
+from influence_pipeline.runner import DIGESTS, Work, pending
 from influence_pipeline.samples import DataSet, changed_samples
 from stages.grad_z import ComputedRows, GradZ, PerSample
 from stages.influence import Influence
@@ -113,6 +113,8 @@ class Works:
             CacheDamaged: a block of digests is; it is discarded.
         """
         data = self.context.test(tests)
+        if data.all_expected:
+            return
         for group in (self.find(self.s_test_place(tests)), *self.cache.groups("s_test")):
             if group is None or group.attributes["tests"] != tests or data.all_expected:
                 continue
@@ -132,7 +134,7 @@ class Works:
         if id(data) in self._compared:
             return
         known = data.expected
-        changed = data.changed([known[position] for position in sentinels(len(known))])
+        changed = data.changed(known[sentinels(len(known))].tolist())
         if changed:
             raise CacheMismatch(changed_samples(data.name, sorted(changed)))
         self._compared.add(id(data))
@@ -276,7 +278,29 @@ class Works:
         identity = {**reads, "higher_is_better": higher_is_better, **self.settings.influence.model_dump(mode="json")}
         return Place("influence", group_name(tests, identity), identity, tests, reads)
 
+    def read_by_influence(self, tests: Sequence[str]) -> list[Place]:
+        """Return where the stages are that the scores of some test sets are computed of."""
+        stored = [self.grad_z_place()] if self.settings.grad_z.store else []
+        return [*stored, *(self.s_test_place(name) for name in tests)]
+
     # ---- works ---------------------------------------------------------------------------------------------------
+
+    def require(self, place: Place) -> None:
+        """Refuse to go on from a stage that is not complete.
+
+        Raises:
+            MissingStage: blocks are missing; the message has the call that makes them.
+        """
+        work, group = self.work(place), self.find(place)
+        missing = pending(work, group)
+        if group is None or missing:
+            of, tests = (f" of {place.tests}", place.tests) if place.tests else ("", None)
+            call = f"s_test({tests!r})" if tests else "grad_z()"
+            command = f"s-test --tests {tests}" if tests else "grad-z"
+            raise MissingStage(
+                f"{place.stage}{of} is not complete: {len(missing)} of {len(work.stage.grid)} blocks are missing. "
+                f"First: pipeline.{call}, or `influence-pipeline {command} …`; `run` does all"
+            )
 
     def work(self, place: Place, beside: Sequence[Place] = ()) -> Work:
         """Return the work of a stage; its inputs must be there to compute it, not to plan it.
@@ -481,13 +505,19 @@ class Works:
             read = of_tests(tests.start, tests.stop), of_samples(samples.start, samples.stop)
             return digest([*read, over.to_bytes(8, "little"), train_ids[samples], test_ids[tests]])
 
+        def before() -> None:
+            for read in self.read_by_influence([tests, *(str(other.tests) for other in beside)]):
+                self.require(read)
+            if computed:
+                _check_fixed(context.train)
+
         of = "the training set, computing gradients" if computed else "grad_z"
         return Work(
             stage,
             f"influence {tests}",
             unit="scores",
             inputs=inputs,
-            before=lambda: _check_fixed(context.train) if computed else None,
+            before=before,
             computing=context.evaluating,
             memory_bytes=reads.memory_bytes,
             passes=f"{reads.passes} pass{'es' * (reads.passes > 1)} over {of}",
@@ -555,7 +585,7 @@ def expect_digests(group: Group | None, data: DataSet) -> None:
         parts = [slice(0, stored.shape[0])] if group.finished else []
     else:
         axis = group.layout.grid.axes[0].name
-        parts = _joined(block.bounds[axis] for block in group.layout.grid if group.valid(block))
+        parts = _joined(block.bounds[axis] for block in group.layout.grid if group.whole(block))
     for part in parts:
         data.expect(stored[part], part.start)
 

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 import re
 import shutil
 import uuid
@@ -165,29 +166,25 @@ class Group:
     def _record(self, block: Block | None) -> Record | None:
         """Read a record's chunk as it is on disk, many times faster than through zarr."""
         try:
-            return Record.from_chunk(self._record_path(block).read_bytes())
+            with open(f"{self.path}/{_record_name(block)}", "rb") as file:
+                return Record.from_chunk(file.read())
         except OSError:
             return None
 
-    def valid(self, block: Block, samples: bytes | None = None, inputs: bytes | None = None) -> bool:
-        """Say whether a block is there: its record, of this extent, of these inputs, with files of its lengths."""
+    def whole(self, block: Block) -> Record | None:
+        """Return the record of a block that is there: of this extent, with files of its lengths; None for another."""
         record = self.record(block)
-        return (
-            record is not None
-            and record.rows == block.rows
-            and samples in (None, record.samples)
-            and inputs in (None, record.inputs)
-            and self._has(self.layout.block_files(block), record.files)
-        )
+        return record if record is not None and record.rows == block.rows and self._has(block, record) else None
 
     def rows_there(self, block: Block) -> int:
         """Return how many entries of a block can be read: fewer than it covers where the axis got longer since."""
         record = self.record(block)
-        whole = record is not None and self._has(self.layout.block_files(block), record.files)
-        return record.rows if record is not None and whole else 0
+        return record.rows if record is not None and self._has(block, record) else 0
 
-    def _has(self, names: Sequence[str], files: Sequence[FileSum]) -> bool:
-        return [_length(self.path / name) for name in names] == [file.length for file in files]
+    def _has(self, block: Block, record: Record) -> bool:
+        # Paths as text: a Path for each of some files of a thousand blocks takes longer than to look at them.
+        lengths = [_length(f"{self.path}/{name}") for name in self.layout.block_files(block)]
+        return lengths == [file.length for file in record.files]
 
     def merged(self) -> Record | None:
         """Return the record of what was merged, None where it is not there or not of the blocks as they are now."""
@@ -206,15 +203,15 @@ class Group:
         """Whether merging was done, of the blocks as they are now; true where there is nothing to merge."""
         return not self.layout.merged or self.merged() is not None
 
-    def contents(self, blocks: Iterable[Block], there: Callable[[Block], bool] = lambda block: True) -> bytes:
+    def contents(self, blocks: Iterable[Block], record: Callable[[Block], Record | None] | None = None) -> bytes:
         """Return a digest of what some blocks hold, by their records.
 
         Args:
             blocks: which.
-            there: a further condition for a block to exist.
+            record: gives the record of a block, None where it does not count as there; by default whatever is kept.
         """
-        found = [self.record(block) if there(block) else None for block in blocks]
-        return digest(record.content if record else b"missing" for record in found)
+        found = map(record or self.record, blocks)
+        return digest(there.content if there else b"missing" for there in found)
 
     def bytes_on_disk(self) -> int:
         """Return the bytes of all files."""
@@ -261,8 +258,7 @@ class Group:
         self._record_path(block).unlink(missing_ok=True)
 
     def _record_path(self, block: Block | None) -> Path:
-        index = ("0",) if block is None else (*map(str, block.index), "0")
-        return self.path.joinpath(FINISHED if block is None else RECORDS, "c", *index)
+        return self.path / _record_name(block)
 
     def _suspect(self, name: str, index: Any) -> str | None:
         """Look at the files of a part that could not be read; discard what is damaged, and say what that was."""
@@ -539,7 +535,7 @@ class Group:
         try:
             Group.create(aside / "stage" / path.name, layout, attributes)
             for name in damaged:
-                log.warning("%s is damaged and mended", path / name / DESCRIPTION)
+                log.info("%s is mended", path / name / DESCRIPTION)  # whoever found it damaged said so
                 (path / name).mkdir(exist_ok=True)
                 (aside / "stage" / path.name / name / DESCRIPTION).replace(path / name / DESCRIPTION)
         finally:
@@ -576,9 +572,14 @@ def _is_sealed(folder: Path) -> bool:
     return True
 
 
-def _length(path: Path) -> int:
+def _record_name(block: Block | None) -> str:
+    """Return the name of the file of a block's record, or of that of what was merged, relative to the group."""
+    return f"{FINISHED}/c/0" if block is None else f"{RECORDS}/c/{'/'.join(map(str, block.index))}/0"
+
+
+def _length(path: Path | str) -> int:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:
         return 0
 

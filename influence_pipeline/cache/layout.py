@@ -42,6 +42,7 @@ class Layout:
         scales = [self.scale(spec) for spec in arrays if spec.encoding in SCALED]
         self.stored = tuple(sorted((*self.arrays, *scales), key=lambda spec: spec.name))
         self.merged = tuple(sorted(merged, key=lambda spec: spec.name))
+        self._shards: dict[ArraySpec, tuple[int, ...]] = {}
 
     @staticmethod
     def scale(spec: ArraySpec) -> ArraySpec:
@@ -70,6 +71,11 @@ class Layout:
 
     def shard_shape(self, spec: ArraySpec) -> tuple[int, ...]:
         """Return the shape of one file of an array: a block's part of it, in whole tiles."""
+        if spec not in self._shards:  # asked for by every block
+            self._shards[spec] = self._shard_shape(spec)
+        return self._shards[spec]
+
+    def _shard_shape(self, spec: ArraySpec) -> tuple[int, ...]:
         if spec.name == RECORDS:
             return (*(1 for _ in spec.shape[:-1]), spec.shape[-1])
         parts = []

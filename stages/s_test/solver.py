@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from stages.stage import Array, ArrayLike, Report, StageError
 
@@ -31,13 +31,24 @@ def no_switch(value: Any) -> Any:
         ValueError: the value is one of them.
     """
     if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
+        raise ValueError("must be a number, not true or false")
     return value
 
 
-Whole = Annotated[int, BeforeValidator(no_switch), Field(ge=0, le=2**53)]
-Count = Annotated[int, BeforeValidator(no_switch), Field(gt=0, le=2**53)]
-Number = Annotated[float, BeforeValidator(no_switch), Field(allow_inf_nan=False)]
+def no_text(value: Any) -> Any:
+    """Refuse what is no number but would be read as one: true, false and texts.
+
+    Raises:
+        ValueError: the value is one of them.
+    """
+    if isinstance(value, (str, bytes)):
+        raise ValueError("must be a number, without quotes")
+    return no_switch(value)
+
+
+Whole = Annotated[int, BeforeValidator(no_text), Field(ge=0, le=2**53)]
+Count = Annotated[int, BeforeValidator(no_text), Field(gt=0, le=2**53)]
+Number = Annotated[float, BeforeValidator(no_text), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Positive, Field(lt=1)]
 
@@ -50,7 +61,11 @@ class RelativeDamping(BaseModel):
     relative: Positive
 
 
-Damping = Annotated[Number, Field(ge=0)] | RelativeDamping
+Damping = Annotated[
+    Annotated[Number, Field(ge=0), Tag("absolute")] | Annotated[RelativeDamping, Tag("table")],
+    # What is wrong is said of the form that was meant, and not of both.
+    Discriminator(lambda value: "table" if isinstance(value, (Mapping, RelativeDamping)) else "absolute"),
+]
 Prepared = Mapping[str, ArrayLike]
 
 

@@ -861,7 +861,7 @@ def test_verifying_a_sample_of_gradients_reports_a_changed_sample_and_damage_tog
     again = make().verify()
     assert again.damaged == []
     assert again.absent == 1
-    assert "1 blocks are not there, the next run computes them" in str(again)
+    assert "; 1 block is not there, the next run computes it" in str(again)
 
 
 def measuring(factor: float) -> ip.Task:

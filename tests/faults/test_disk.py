@@ -83,7 +83,7 @@ def kept_blocks(folder: Path) -> set[tuple[str, ...]]:
             assert group.damage_of_merged() is None
             for block in group.layout.grid:
                 if group.record(block) is not None:
-                    assert group.valid(block)
+                    assert group.whole(block)
                     found.add((stage, group.path.name, *map(str, block.index)))
     assert found == tiny.blocks(folder)
     return found

@@ -130,6 +130,25 @@ def test_show_prints_one_test_or_the_average_without_model_or_data(invoke: Invok
     refused(invoke("show", project, "--key", "nope"), "key nope")
 
 
+@pytest.mark.parametrize(
+    "array", ["zarr.json", "offset/zarr.json", "helpful_ids/c/0/0", "scores/c/0/0", "finished/c/0"]
+)
+@pytest.mark.parametrize("words", [(), ("--tests", "holdout")], ids=["alone", "named"])
+def test_a_damaged_result_is_work_that_a_run_does_again(
+    invoke: Invoke, project: Path, done: Path, array: str, words: tuple[str, ...]
+) -> None:
+    project.write_text(project.read_text().replace('"runs"', f'"{done}"'))
+    (file,) = done.glob(f"influence/*/{array}")
+    file.write_bytes(file.read_bytes()[:-1])
+    result = invoke("show", project, *words)
+    assert result.exit_code == 1, result.output
+    assert "error: " in result.stderr
+    assert "run" in result.stderr
+    assert len(result.stderr.splitlines()) <= 3
+    assert invoke("run", project).exit_code == 0
+    assert invoke("show", project, *words).exit_code == 0
+
+
 def test_another_key_is_asked_for_where_several_are_cached(invoke: Invoke, project: Path) -> None:
     invoke("run", project)
     project.write_text(project.read_text().replace("top_k = 1", "top_k = 2"))

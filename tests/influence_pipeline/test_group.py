@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import zarr
 
 import influence_pipeline as ip
 from influence_pipeline.cache import Cache, Group, Layout
+from influence_pipeline.runner import Work
 from stages.stage import ArraySpec, Axis, Block, Grid
 from tests import tiny
 
@@ -236,6 +237,16 @@ def test_a_damaged_description_is_mended(
     assert tiny.files(done) == before
 
 
+def test_a_damaged_description_is_said_once_by_verify(done: Path, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    path = next(done.glob("grad_z/*/norm/zarr.json"))
+    path.write_bytes(path.read_bytes()[:-3])
+    found = make().verify()
+    assert len(found.damaged) == 1
+    assert str(path) in found.damaged[0]
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    assert make().verify().damaged == []
+
+
 def test_lengths_that_disagree_are_mended(done: Path, make: Make, computed: list[str]) -> None:
     before = tiny.files(done)
     path = next(done.glob("influence/*/train_ids/zarr.json"))
@@ -282,21 +293,22 @@ def group(cache: Path) -> Group:
 
 
 def test_a_block_without_a_record_does_not_exist(group: Group) -> None:
-    assert not any(group.valid(block) for block in layout(10).grid)
+    assert not any(group.whole(block) for block in layout(10).grid)
     assert group.progress() == (0, 3)
     block = layout(10).grid.block((1,))
     tiny.commit(group, block, values(range(4, 8)))
-    assert [group.valid(block) for block in layout(10).grid] == [False, True, False]
+    assert [bool(group.whole(block)) for block in layout(10).grid] == [False, True, False]
     assert group.progress() == (1, 3)
     group.zarr_array("blocks")[1] = 0
-    assert not group.valid(block)
+    assert not group.whole(block)
 
 
 def test_a_block_of_other_inputs_does_not_exist(group: Group) -> None:
     block = layout(10).grid.block((0,))
     tiny.commit(group, block, values(range(4)), inputs=b"a" * 16)
-    assert group.valid(block, inputs=b"a" * 16)
-    assert not group.valid(block, inputs=b"b" * 16)
+    same, other = (Work(cast(Any, None), "vectors", inputs=lambda block, of=of: of * 16) for of in (b"a", b"b"))
+    assert same.valid(group, block)
+    assert not other.valid(group, block)
 
 
 @pytest.mark.parametrize("fails_at", ["vectors", "scale", "number", "blocks"])
@@ -322,7 +334,7 @@ def test_a_block_that_could_not_be_written_again_does_not_exist(
         patch.setattr(group, "zarr_array", lambda name: Full() if name == fails_at else array(name))
         with pytest.raises(ip.WorkError, match="No space left on device"):
             tiny.commit(group, block, values(range(4, 8)))
-    assert [group.valid(block) for block in layout(10).grid] == [True, False, True]
+    assert [bool(group.whole(block)) for block in layout(10).grid] == [True, False, True]
 
 
 def test_what_was_never_written_reads_as_an_error(group: Group) -> None:
@@ -339,7 +351,7 @@ def test_growing_keeps_whole_blocks(group: Group) -> None:
     grown = layout(13)
     assert group.fits(grown)
     group.resize(grown)
-    assert [group.valid(block) for block in grown.grid] == [True, True, False, False]
+    assert [bool(group.whole(block)) for block in grown.grid] == [True, True, False, False]
     assert not group.finished
     for block in list(grown.grid)[2:]:
         tiny.commit(group, block, values(block.ids("sample")))
@@ -359,9 +371,9 @@ def test_a_last_block_that_is_not_full_is_written_again_over_a_damaged_one(
     for name in ("vectors/c/2/0", "number/c/2", "blocks/c/2/0"):
         harm(group.path / name)
     block = layout(10).grid.block((2,))
-    assert not group.valid(block)
+    assert not group.whole(block)
     tiny.commit(group, block, values(range(8, 10)))
-    assert group.valid(block)
+    assert group.whole(block)
     np.testing.assert_array_equal(group.rows("vectors")[:], values(range(10))["vectors"])
 
 
@@ -407,7 +419,7 @@ def test_two_that_lay_out_the_same_group_share_it(cache: Path) -> None:
     one = Cache(cache).create("grad_z", "key", layout(10), ATTRIBUTES)
     fill(one, layout(10))
     two = Cache(cache).create("grad_z", "key", layout(10), ATTRIBUTES)
-    assert all(two.valid(block) for block in layout(10).grid)
+    assert all(two.whole(block) for block in layout(10).grid)
 
 
 def test_a_removed_group_is_gone_and_can_be_made_again(cache: Path, group: Group) -> None:
@@ -461,7 +473,7 @@ def test_xarray_opens_every_group(done: Path) -> None:
         if path.is_dir():
             with xarray.open_zarr(path, consolidated=False, chunks=None) as data:
                 assert data.load().data_vars
-    scores = xarray.open_zarr(next(done.glob("influence/*")), consolidated=False, chunks=None)["scores"]
+    scores = xarray.open_zarr(next(done.glob("influence/*/scores")).parent, consolidated=False, chunks=None)["scores"]
     assert scores.dims == ("test", "sample")
     assert scores.shape == (10, 60)
 
