@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from influence_pipeline.errors import RequestError
+from stages.influence import AT_ONCE
 
 DECODED_SHARD_BYTES = 256 * 2**20
 MOST_ROWS = 1024
@@ -79,6 +80,7 @@ def reads(
     memory_bytes: int,
     *,
     computed: bool,
+    encoding: str,
     threads: int,
 ) -> Reads:
     """Choose the tiles that a block of scores is computed in, and how many columns of the solutions are held.
@@ -91,6 +93,7 @@ def reads(
         bands: test and training samples of a block of scores.
         memory_bytes: the budget.
         computed: gradients are computed as they are read, a whole block at a time; otherwise tile by tile.
+        encoding: how gradients are kept.
         threads: that read.
 
     Raises:
@@ -100,9 +103,11 @@ def reads(
     read_rows = min(rows, samples) if computed else min(rows, samples, TILE_ROWS)
     tile = dim if computed else tile_shape((min(rows, samples), dim))[1]
     # Scores, their transpose and what ranking them takes; and a tile for each thread: compressed, as kept, decoded.
+    kept = np.dtype(encoding).itemsize
     fixed = 3 * 4 * test_rows * band
-    fixed += 3 * 4 * read_rows * dim if computed else threads * (2 + 2 + 4) * read_rows * tile
-    per_column = 2 * 4 * test_rows  # the solutions and their transpose
+    fixed += 3 * 4 * read_rows * dim if computed else threads * (kept + kept + 4) * read_rows * tile
+    per_column = 4 * test_rows
+    fixed += 2 * per_column * min(dim, AT_ONCE)  # of the solutions, while they are transposed
     columns = min(dim, (memory_bytes - fixed) // per_column)
     least = min(dim, 256)
     if columns < least:

@@ -470,6 +470,7 @@ class Works:
         reads = plan.reads(
             *(len(data) + together, len(context.train), context.dim, rows, bands, context.memory),
             computed=computed,
+            encoding=self.settings.grad_z.encoding,
             threads=torch.get_num_threads(),
         )
         train_ids, test_ids = context.experiment.train_ids(), context.experiment.test_ids(tests)

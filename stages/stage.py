@@ -81,10 +81,10 @@ class FactoredRows(ArrayLike, Protocol):
 
     @property
     def factors(self) -> ArrayLike | None:
-        """What rows are to be multiplied by after :meth:`read_into`, (n, 1); None where that is not to be used."""
+        """What rows are to be multiplied by after :meth:`read_into`, (n, 1); None where there is no such factor."""
 
     def read_into(self, index: tuple[slice, slice], out: Array) -> None:
-        """Read a rectangular part, but for the factors of its rows."""
+        """Read a rectangular part, but for the factors of its rows where these have some."""
 
 
 @dataclass(frozen=True)

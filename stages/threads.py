@@ -92,12 +92,13 @@ MOST_OWN = 2**22
 """Entries of the largest array that a thread keeps."""
 
 
-def own_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return memory of this thread's, the same each time for a type: new memory costs more than what is done in it."""
-    known: dict[np.dtype[Any], Array] = _own.__dict__.setdefault("known", {})
+def own_memory(use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return memory of this thread's, the same each time for a use: new memory costs more than what is done in it."""
+    known: dict[tuple[str, np.dtype[Any]], Array] = _own.__dict__.setdefault("known", {})
     size = math.prod(shape)
     if size > MOST_OWN:
         return np.empty(shape, dtype)
-    if dtype not in known or known[dtype].size < size:
-        known[dtype] = np.empty(size, dtype)
-    return known[dtype][:size].reshape(shape)
+    key = use, dtype
+    if key not in known or known[key].size < size:
+        known[key] = np.empty(size, dtype)
+    return known[key][:size].reshape(shape)

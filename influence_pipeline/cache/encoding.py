@@ -63,7 +63,7 @@ def scaled(rows_nD: Array, scale_ng: Array, encoding: str, start: int = 0) -> Ar
     """
     import torch
 
-    found_nD = own_memory(rows_nD.shape, np.dtype(np.float32))
+    found_nD = own_memory("scaled", rows_nD.shape, np.dtype(np.float32))
     out = torch.from_numpy(found_nD)
     _multiply(torch.from_numpy(rows_nD), torch.from_numpy(scale_ng), start, out)
     if encoding == "int8":

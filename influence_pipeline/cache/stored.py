@@ -138,7 +138,7 @@ class DecodedRows:
 
     Attributes:
         shape: of all of them.
-        factors: (n, 1), what rows are to be multiplied by after :meth:`read_into`; None where there are no such.
+        factors: (n, 1), what rows are to be multiplied by after :meth:`read_into`; None where they have no such factor.
     """
 
     def __init__(self, kept: StoredArray, scale: StoredArray | None) -> None:
@@ -155,19 +155,34 @@ class DecodedRows:
         """
         region = _region(index, self.shape)
         assert region is not None, index
-        scale = None if self._scale is None else self._scale[region[0]]
         out = np.empty([part.stop - part.start for part in region], np.float32)
+        self._read(region, out, self._scale)
+        return out
+
+    def read_into(self, index: tuple[slice, slice], out: Array) -> None:
+        """Read a part as float32, but for the factors of whole rows; these tell of rows that were never written.
+
+        Raises:
+            CacheDamaged: a part was never written, and rows have no factors of their own.
+        """
+        region = _region(index, self.shape)
+        assert region is not None, index
+        if self.factors is None:
+            self._read(region, out, self._scale)
+        else:
+            self._decode(region, out, None)
+
+    def _read(self, region: Region, out: Array, factors: StoredArray | None) -> None:
+        """Read a part.
+
+        Raises:
+            CacheDamaged: a part was never written.
+        """
+        scale = None if factors is None else factors[region[0]]
         self._decode(region, out, scale)
         looked_at = out if scale is None else scale
         if looked_at.size and np.isnan(looked_at.min()):  # the least of numbers with a NaN is NaN
             raise self._kept.never_written(region)
-        return out
-
-    def read_into(self, index: tuple[slice, slice], out: Array) -> None:
-        """Read a part as float32, but for the factors of whole rows; these tell of rows that were never written."""
-        region = _region(index, self.shape)
-        assert region is not None, index
-        self._decode(region, out, None)
 
     def _decode(self, region: Region, out: Array, scale: Array | None) -> None:
         first = region[0].start

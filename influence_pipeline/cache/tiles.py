@@ -119,7 +119,7 @@ class Tiles:
         raw = file.read(max(0, length - CHECKSUM_BYTES))
         if len(raw) != length - CHECKSUM_BYTES or file.read(CHECKSUM_BYTES) != _checksum(raw):
             raise ValueError(f"{file.name}: a tile is damaged")
-        tile = own_memory(self.tile_shape, self.dtype)
+        tile = own_memory("tile", self.tile_shape, self.dtype)
         if int.from_bytes(raw[4:8], "little") != tile.nbytes:  # as Blosc's header has it
             raise ValueError(f"{file.name}: a tile has another size")
         blosc.decompress(raw, tile)

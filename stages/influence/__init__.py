@@ -182,7 +182,7 @@ class Influence(Stage):
         samples = block.bounds["sample"]
         # G Sᵀ, not S Gᵀ: the long side first is the faster product. One for each S, so that none depends on others.
         totals_nT = [torch.zeros(samples.stop - samples.start, tests.stop - tests.start) for _, tests in solutions]
-        factored = self.gradients if isinstance(self.gradients, FactoredRows) and self.gradients.factors else None
+        factored = self.gradients if isinstance(self.gradients, FactoredRows) else None
         reads = list(self._reads(samples))
         done = itertools.count(1)
         vectors_DT: list[torch.Tensor] = []
@@ -195,7 +195,8 @@ class Influence(Stage):
                 if factored is None:
                     gradients_nD = np.asarray(self.gradients[rows, tile])
                 else:
-                    gradients_nD = own_memory((rows.stop - rows.start, tile.stop - tile.start), np.dtype(np.float32))
+                    shape = rows.stop - rows.start, tile.stop - tile.start
+                    gradients_nD = own_memory("gradients", shape, np.dtype(np.float32))
                     factored.read_into((rows, tile), gradients_nD)
                 tile_nD = torch.from_numpy(gradients_nD)
                 for total, vectors in zip(totals_nT, vectors_DT, strict=True):
@@ -276,6 +277,6 @@ def _transposed(vectors: ArrayLike, rows: slice, columns: slice) -> torch.Tensor
     return found
 
 
-AT_ONCE = 2**15
+AT_ONCE = 2**13
 """Columns of vectors that are read at once."""
 _RANKINGS = ("helpful_ids", "helpful_scores", "harmful_ids", "harmful_scores")

@@ -1,6 +1,6 @@
 """What a run is predicted to hold, against what it does hold: in a process of its own, whose peak counts nothing else.
 
-As a program, ``python test_memory.py FOLDER`` solves for some test samples and prints the peak and the prediction.
+As a program, ``python test_memory.py STAGE FOLDER`` computes a stage and prints the peak and the prediction.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,30 +39,59 @@ def resident(name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def measure(folder: Path) -> tuple[int, int]:
+def wide(folder: Path, samples: int) -> ip.Pipeline:
+    """Make a pipeline of a perceptron of 330,010 parameters, whose gradients take more than all around them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 4400), nn.ReLU(), nn.Linear(4400, 10)).eval()
+    data = TensorDataset(torch.randn(samples, 64), torch.arange(samples) % 10)
+    experiment = ip.Experiment(model, ip.Classification(), data, {"few": TensorDataset(*data[: min(samples, 64)])})
+    settings = ip.Settings(s_test={"solver": "identity"}, runtime={"device": "cpu", "progress": False})
+    return ip.Pipeline(experiment, folder, settings)
+
+
+def measure(stage: str, folder: Path) -> tuple[int, int]:
+    """Return the peak of a stage above what libraries, model and data take; and what the plan says."""
+    if stage == "s_test":
+        return solving(folder)
+    wide(folder / "first", 16).run()  # so that libraries have what they keep
+    wanted = wide(folder / "wanted", 2048)
+    predicted = wanted.plan("few")[stage].memory_bytes
+    if stage == "influence":
+        wanted.grad_z()
+        wanted.s_test("few")
+    return peak(lambda: wanted.grad_z() if stage == "grad_z" else wanted.influence("few")), predicted
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Return the bytes that some work held at most, above what was there before."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be had again
+    before = resident("VmRSS")
+    CLEAR.write_text("5")  # VmHWM begins again at VmRSS
+    work()
+    return resident("VmHWM") - before
+
+
+def solving(folder: Path) -> tuple[int, int]:
     """Return the peak of solving above what libraries, model and data take; and what the plan says."""
     pipeline(folder / "first", 1).s_test("few")  # so that libraries have what they keep
     wanted = pipeline(folder / "wanted", 64)
     predicted = wanted.plan("few")["s_test"].memory_bytes
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be had again
-    before = resident("VmRSS")
-    CLEAR.write_text("5")  # VmHWM begins again at VmRSS
-    wanted.s_test("few")
-    return resident("VmHWM") - before, predicted
+    return peak(lambda: wanted.s_test("few")), predicted
 
 
 @pytest.mark.skipif(
     not (os.access(CLEAR, os.W_OK) and hasattr(ctypes.CDLL(None), "malloc_trim")),
     reason="no peak of memory to be asked for here",
 )
-def test_solving_holds_what_the_plan_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["grad_z", "s_test", "influence"])
+def test_a_stage_holds_what_the_plan_says(tmp_path: Path, stage: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(ip.__file__).parents[1])}
-    command = [sys.executable, __file__, str(tmp_path)]
+    command = [sys.executable, __file__, stage, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert not done.returncode, done.stderr
-    peak, predicted = map(int, done.stdout.split())
-    assert 0.5 * predicted < peak < 1.2 * predicted
+    found, predicted = map(int, done.stdout.split())
+    assert 0.5 * predicted < found < 1.2 * predicted
 
 
 if __name__ == "__main__":
-    print(*measure(Path(sys.argv[1])))
+    print(*measure(sys.argv[1], Path(sys.argv[2])))

@@ -128,7 +128,7 @@ def test_reads_stay_within_memory_or_are_refused_with_the_numbers(
 ) -> None:
     refusal = ""
     try:
-        reads = plan.reads(tests, samples, dim, rows, bands, memory, computed=computed, threads=2)
+        reads = plan.reads(tests, samples, dim, rows, bands, memory, computed=computed, encoding="float16", threads=2)
     except ip.RequestError as error:
         refusal = str(error)
     if refusal:
@@ -152,13 +152,13 @@ def test_what_a_refusal_asks_for_is_enough(
     enough = 1
     while True:
         try:
-            reads = plan.reads(*arguments, enough, computed=computed, threads=2)
+            reads = plan.reads(*arguments, enough, computed=computed, encoding="float16", threads=2)
             break
         except ip.RequestError:
             enough *= 2
     assert reads.memory_bytes <= enough
     with pytest.raises(ip.RequestError):
-        plan.reads(*arguments, 1, computed=computed, threads=2)
+        plan.reads(*arguments, 1, computed=computed, encoding="float16", threads=2)
 
 
 @given(small, small, small, small, small, small, st.booleans())
