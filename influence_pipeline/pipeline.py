@@ -254,6 +254,9 @@ class Pipeline:
             f"tests: {', '.join(f'{name} ({len(context.test(name))})' for name in names)}, "
             f"device {context.device}, cache {self.cache.path}"
         )
+        over, count = self._works.curvature_samples, len(context.train)
+        if over != count:
+            title += f"\nH and 1/N are of the first {over} of {count} training samples (kept)"
         free = room.free_bytes(self.cache.path)
         return Plan(title, tuple(self._plan(place) for place in places), free)
 
