@@ -103,8 +103,12 @@ class Context:
     @property
     def gradient_batch(self) -> int:
         """Samples on the device at once for per-sample gradients."""
+        return self.batch_within(self.memory)
+
+    def batch_within(self, memory_bytes: int) -> int:
+        """Return how many samples would be on the device at once, were there so much memory."""
         chosen = self.settings.runtime.device_batch
-        return plan.device_batch(self.dim, self.memory, self.function.dtype.itemsize) if chosen == "auto" else chosen
+        return plan.device_batch(self.dim, memory_bytes, self.function.dtype.itemsize) if chosen == "auto" else chosen
 
     @functools.cache  # noqa: B019 - as above
     def curvature(self, count: int) -> Curvature:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from influence_pipeline.cache import Cache, Group
+from influence_pipeline.cache import Cache, Group, told_apart
 from influence_pipeline.errors import CacheDamaged, MissingStage, RequestError, WorkError
 from stages.influence.ranking import bottom_k, top_k
 from stages.stage import Array
@@ -75,11 +75,11 @@ class Influences:
             what = f"{tests!r}" + (f" with key {key}" if key else "")
             raise MissingStage(f"no results for {what} in {folder.path}; there is: {', '.join(there)}")
         if len(found) > 1:
-            lines = []
-            for group in found:
-                solved = folder.find("s_test", group.attributes["identity"]["s_test"])
-                settings = solved.attributes["identity"]["s_test"] if solved else "?"
-                lines.append(f'  key="{group.path.name.removeprefix(f"{tests}-")}"  {json.dumps(settings)}')
+            differing = told_apart([_whole_identity(folder, group) for group in found])
+            lines = [
+                f'  key="{group.path.name.removeprefix(f"{tests}-")}"  {what}'
+                for group, what in zip(found, differing, strict=True)
+            ]
             raise RequestError(f"several results for {tests!r} in {folder.path}; choose one:\n" + "\n".join(lines))
         group = found[0]
         again = "run the pipeline again, it is made anew"
@@ -299,6 +299,16 @@ class Influences:
         if math.isnan(label):
             return None
         return int(label) if label.is_integer() else label
+
+
+def _whole_identity(cache: Cache, group: Group) -> dict[str, Any]:
+    """Return what results depend on, with what was read for them in the place of its keys."""
+    identity = dict(group.attributes["identity"])
+    for stage in ("s_test", "grad_z"):
+        name = identity.pop(stage)
+        read = cache.find(stage, name)
+        identity |= read.attributes["identity"] if read else {stage: name}
+    return identity
 
 
 def refuse_damaged(cache: Cache, tests: str | None = None) -> None:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from influence_pipeline import checks, inventory, room, runner
 from influence_pipeline.cache import Cache, Group, nearest
@@ -61,6 +62,7 @@ class Pipeline:
         self._source, self._keep_curvature = experiment, keep_curvature
         self._token = uuid.uuid4().hex
         self._seconds: dict[str, float] = {}
+        self._hinted = False
 
     @classmethod
     def from_toml(cls, path: Path | str, *, keep_curvature: bool = False) -> Pipeline:
@@ -126,6 +128,7 @@ class Pipeline:
         """
         place, prepared = self._works.s_test_place(tests), self._works.curvature_place()
         self._mend(self._works.grad_z_place(), prepared, place)
+        self._hint_at_others()
         seconds = self._run(prepared).seconds if prepared else 0.0
         outcome = self._run(place)
         self._seconds[tests] = self._seconds.get(tests, 0.0) + seconds + outcome.seconds
@@ -251,6 +254,9 @@ class Pipeline:
             f"tests: {', '.join(f'{name} ({len(context.test(name))})' for name in names)}, "
             f"device {context.device}, cache {self.cache.path}"
         )
+        over, count = self._works.curvature_samples, len(context.train)
+        if over != count:
+            title += f"\nH and 1/N are of the first {over} of {count} training samples (kept)"
         free = room.free_bytes(self.cache.path)
         return Plan(title, tuple(self._plan(place) for place in places), free)
 
@@ -426,20 +432,36 @@ class Pipeline:
         Raises:
             CacheMismatch: naming the entries that differ, and the cost.
         """
-        train = self.experiment.train_name
-        others = [
-            group.attributes["identity"]
-            for group in self.cache.groups("grad_z")
-            if group.attributes["identity"]["train"] == train and group.progress()[0]
-        ]
-        if others:
+        if self._cached_gradients():
             wanted = self._plan(place)
             raise CacheMismatch(
-                f"training gradients of {train!r} are cached, of something else. Cached ≠ now:\n  "
+                f"training gradients of {self.experiment.train_name!r} are cached, of something else. Cached ≠ now:\n  "
                 + "\n  ".join(wanted.differs)
                 + f"\nStarting again computes {wanted.rows} gradients and takes up to "
                 f"{show_bytes(wanted.bytes_expected)}. If that is wanted: --new, or grad_z(new=True)"
             )
+
+    def _hint_at_others(self) -> None:
+        """Say, once, that solutions are not for the training gradients that are cached: those cannot be used then."""
+        if self._hinted or self._exists(self._works.grad_z_place()):
+            return
+        basis = self._works.context.basis()
+        differs = nearest(basis, ({name: of[name] for name in basis} for of in self._cached_gradients()))
+        if differs:
+            log.warning(
+                "no training gradients of %r are cached of what s_test is computed of now; nearest cached ≠ now: %s",
+                self.experiment.train_name,
+                ", ".join(differs),
+            )
+        self._hinted = True
+
+    def _cached_gradients(self) -> list[dict[str, Any]]:
+        """Return the identities of all gradients of the training set of which something is cached."""
+        return [
+            group.attributes["identity"]
+            for group in self.cache.groups("grad_z")
+            if group.attributes["identity"]["train"] == self.experiment.train_name and group.progress()[0]
+        ]
 
     def _grown(self, place: Place, group: Group) -> tuple[str, ...]:
         """Say where a stage is computed anew because the training set got longer."""

@@ -7,6 +7,7 @@ A grid is a function of D, the number of coordinates, alone, so that it is the s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -113,7 +114,7 @@ def reads(
     if columns < least:
         raise RequestError(
             f"influence: a block of {test_rows} tests × {band} training samples needs "
-            f"{show_bytes(fixed + per_column * least)}; runtime.memory is {show_bytes(memory_bytes)}: raise it"
+            f"{show_bytes(fixed + per_column * least, up=True)}; runtime.memory is {show_bytes(memory_bytes)}: raise it"
         )
     if tile < columns < dim:
         columns -= columns % tile  # so that no tile is decoded twice
@@ -222,10 +223,18 @@ class Plan:
         return "\n".join(lines)
 
 
-def show_bytes(count: float) -> str:
-    """Write an amount of memory for people."""
+def enough(needed: Callable[[int], int], memory_bytes: int) -> int:
+    """Return an amount of memory, at least that given, that is enough where more is used if there is more."""
+    while (more := needed(memory_bytes)) > memory_bytes:
+        memory_bytes = more
+    return memory_bytes
+
+
+def show_bytes(count: float, *, up: bool = False) -> str:
+    """Write an amount of memory for people; rounded up where it is to be given."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while abs(count) >= 1024 and len(units) > 1:
         count /= 1024
         units.pop(0)
-    return f"{count:.0f} {units[0]}" if units[0] == "B" or count >= 100 else f"{count:.1f} {units[0]}"
+    digits = 0 if units[0] == "B" or count >= 100 else 1
+    return f"{math.ceil(count * 10**digits) / 10**digits if up else count:.{digits}f} {units[0]}"

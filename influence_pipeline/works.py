@@ -334,16 +334,13 @@ class Works:
 
     def _grad_z(self) -> Work:
         context = self.context
-        dim, batch = context.dim, context.gradient_batch
+        dim, itemsize, encoding = context.dim, context.function.dtype.itemsize, self.settings.grad_z.encoding
         stage = self._grad_z_stage()
         rows = min(stage.grid.axes[0].band, len(context.train))
-        needed = plan.gradients_memory(*(
-            dim,
-            rows,
-            batch,
-            context.function.dtype.itemsize,
-            self.settings.grad_z.encoding,
-        ))
+
+        def needed(memory: int) -> int:
+            return plan.gradients_memory(dim, rows, context.batch_within(memory), itemsize, encoding)
+
         self._refuse(needed, f"grad_z: a block of gradients with {dim} coordinates")
 
         def before() -> None:
@@ -356,7 +353,7 @@ class Works:
             context.train,
             before=before,
             computing=context.evaluating,
-            memory_bytes=needed,
+            memory_bytes=needed(context.memory),
             passes="1 pass over the training set",
         )
 
@@ -399,8 +396,14 @@ class Works:
         data = context.test(tests)
         prepared, basis = self._prepared()
         curvature = context.curvature(self.curvature_samples)
-        stage = STest(solver, curvature, prepared, data, rows, context.gradient_batch, context.memory)
-        self._refuse(stage.held_bytes(1), f"s_test: solver {solver.solver!r}, for one test sample,")
+
+        def within(memory: int) -> STest:
+            return STest(solver, curvature, prepared, data, rows, context.batch_within(memory), memory)
+
+        stage = within(context.memory)
+        self._refuse(
+            lambda memory: within(memory).held_bytes(1), f"s_test: solver {solver.solver!r}, for one test sample,"
+        )
 
         def before() -> None:
             _check_fixed(data)
@@ -542,15 +545,16 @@ class Works:
             return _Absent((len(context.train), context.dim)), lambda band: digest([]), False
         return group.rows("gradients"), lambda band: group.contents(_covering(stage.grid, band)), False
 
-    def _refuse(self, needed: int, what: str) -> None:
-        """Refuse what does not fit the memory.
+    def _refuse(self, needed: Callable[[int], int], what: str) -> None:
+        """Refuse what does not fit the memory; ``needed`` says what is needed where there is so much.
 
         Raises:
-            RequestError: with the bytes needed.
+            RequestError: with bytes that are enough.
         """
-        if needed > self.context.memory:
+        enough = plan.enough(needed, self.context.memory)
+        if enough > self.context.memory:
             raise RequestError(
-                f"{what} needs {show_bytes(needed)}; runtime.memory is {show_bytes(self.context.memory)}: "
+                f"{what} needs {show_bytes(enough, up=True)}; runtime.memory is {show_bytes(self.context.memory)}: "
                 "raise it, or choose fewer parameters ([grad_z] parameters)"
             )
 

@@ -28,7 +28,7 @@ import numcodecs.blosc
 
 from influence_pipeline.cache import claims
 from influence_pipeline.cache.group import Group
-from influence_pipeline.cache.identity import Identity, differences, key_of, nearest
+from influence_pipeline.cache.identity import Identity, differences, key_of, nearest, told_apart
 from influence_pipeline.cache.layout import DESCRIPTION, Layout, sealed, write_description
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError, WorkError
 
@@ -40,7 +40,18 @@ LEFTOVERS = ("*.partial", "*/zarr.*.partial", "*/*/zarr.*.partial")
 
 log = logging.getLogger(__name__)
 
-__all__ = ["FORMAT", "STAGES", "Cache", "Group", "Layout", "differences", "key_of", "leave_no_lock", "nearest"]
+__all__ = [
+    "FORMAT",
+    "STAGES",
+    "Cache",
+    "Group",
+    "Layout",
+    "differences",
+    "key_of",
+    "leave_no_lock",
+    "nearest",
+    "told_apart",
+]
 
 
 class Cache:

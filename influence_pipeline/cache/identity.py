@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Identity = Mapping[str, Any]
@@ -30,6 +30,14 @@ def differences(wanted: Identity, cached: Identity) -> tuple[str, ...]:
 def nearest(wanted: Identity, cached: Iterable[Identity]) -> tuple[str, ...]:
     """Return the differences from that cached identity which has the fewest; empty where nothing is cached."""
     return min((differences(wanted, other) for other in cached), key=len, default=())
+
+
+def told_apart(identities: Sequence[Identity]) -> list[str]:
+    """Return, for each of some identities, the entries in which not all are the same, "name = value"."""
+    flat = [dict(_flat(identity)) for identity in identities]
+    names = sorted({name for entries in flat for name in entries})
+    differing = [name for name in names if any(entries.get(name) != flat[0].get(name) for entries in flat)]
+    return [", ".join(f"{name} = {_show(found[name])}" for name in differing if name in found) for found in flat]
 
 
 def _flat(identity: Identity, prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -650,6 +650,8 @@ def test_a_plan_says_what_growth_costs_with_and_without_the_old_curvature(
         "grad_z": (3, 5), "curvature": (0, 1), "s_test": (0, 3), "influence": (0, 15),
     }  # fmt: skip
     assert kept["curvature"].differs == ()
+    assert "H and 1/N are of the first 60 of 70 training samples (kept)" in str(kept)
+    assert "H and 1/N" not in str(make().plan())
     assert re.search(r"training samples: 60 ≠ 70.*computed anew \(--keep-curvature keeps them\)", str(anew))
     assert tiny.files(done) == before
     assert computed == []

@@ -12,6 +12,7 @@ import pytest
 from torch.utils.data import TensorDataset
 
 import influence_pipeline as ip
+from influence_pipeline.experiment import weights_hash
 from tests import tiny
 
 Make = Callable[..., ip.Pipeline]
@@ -247,7 +248,17 @@ def test_results_open_by_key_where_there_are_several(done: Path, make: Make) -> 
         assert f'key="{found.key}"' in str(refused.value)
         again = ip.Influences.open(done, "holdout", key=found.key)
         np.testing.assert_array_equal(again.scores[:], found.scores[:])
-    assert '"solver": "identity"' in str(refused.value)
+    assert "s_test.solver = identity" in str(refused.value)
+    assert "weights" not in str(refused.value)
+
+
+def test_results_of_other_weights_are_told_apart_by_them(done: Path, make: Make) -> None:
+    make(model=lambda: tiny.model(1)).run(new=True)
+    with pytest.raises(ip.RequestError, match="several results") as refused:
+        ip.Influences.open(done, "holdout")
+    hashes = {weights_hash(tiny.model(seed)) for seed in (0, 1)}
+    lines = str(refused.value).splitlines()[1:]
+    assert {line.partition('"  ')[2] for line in lines} == {f"weights = {found}" for found in hashes}
 
 
 def test_what_is_not_there_is_said_with_what_is(done: Path, tmp_path: Path) -> None:
@@ -265,15 +276,16 @@ def test_what_is_not_there_is_said_with_what_is(done: Path, tmp_path: Path) -> N
 def test_results_that_have_lost_a_file_do_not_open(done: Path, make: Make, lost: str, emptied: bool) -> None:
     path = next(done.glob(f"influence/*/{lost}"))
     path.write_bytes(b"") if emptied else path.unlink()
-    with pytest.raises(ip.MissingStage, match=r"run the pipeline again"):
+    gone = lost.startswith("blocks") or (lost.startswith("finished") and not emptied)
+    with pytest.raises(ip.MissingStage if gone else ip.CacheDamaged, match=r"run the pipeline again"):
         ip.Influences.open(done, "holdout")
     make().run()
     assert ip.Influences.open(done, "holdout").scores.shape == (T, N)
 
 
 @pytest.mark.parametrize("name", ["helpful_ids", "scores"])
-def test_results_with_a_cut_file_are_not_complete(done: Path, name: str) -> None:
+def test_results_with_a_cut_file_are_damaged(done: Path, name: str) -> None:
     path = next(done.glob(f"influence/*/{name}/c/0/0"))
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ip.MissingStage, match="run the pipeline again"):
+    with pytest.raises(ip.CacheDamaged, match="run the pipeline again"):
         ip.Influences.open(done, "holdout")

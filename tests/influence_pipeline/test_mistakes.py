@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,22 @@ def test_an_operation_without_second_derivative_is_refused_with_what_would_do(ma
     with pytest.raises(ip.RequestError, match=r"needs derivatives that this model does not give.*identity"):
         pipeline.s_test("holdout")
     assert make(model=Model, s_test={"solver": "identity"}).run()["holdout"].scores.shape == (10, 60)
+
+
+def test_the_memory_that_a_refusal_names_is_enough(make: Make) -> None:
+    """Of a stage: what it needs grows with what there is, since more samples are computed together."""
+    refused: list[str] = []
+    memory: str | int = 100
+    while len(set(refused)) == len(refused):
+        try:
+            make(runtime={"memory": memory}).plan()
+        except ip.RequestError as error:
+            ((stage, memory),) = re.findall(r"^(\w+):.* needs ([\d.]+ \w+); runtime.memory is", str(error))
+            refused.append(stage)
+        else:
+            break
+    assert refused[0] == "grad_z"
+    assert len(set(refused)) == len(refused)
 
 
 def test_a_sample_larger_than_the_training_set_is_refused_before_anything_is_computed(make: Make, cache: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import influence_pipeline as ip
+from influence_pipeline.experiment import weights_hash
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -235,6 +236,20 @@ def test_gradients_of_something_else_are_refused(
     make(**changes).run()
     make().run()
     assert count(computed)["grad_z"] == 4
+
+
+def test_solutions_of_something_else_than_the_gradients_are_computed_with_a_hint(
+    done: Path, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    tests = {"holdout": tiny.points(10, 2), "other": tiny.points(4, 3)}
+    make(grad_z={"encoding": "float32"}, tests=tests).s_test("other")
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    pipeline = make(model=lambda: tiny.model(1), tests=tests)
+    for name in tests:
+        pipeline.s_test(name)
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    hashes = [weights_hash(tiny.model(seed)) for seed in (0, 1)]
+    assert warning.endswith(f"now: weights: {hashes[0]} ≠ {hashes[1]}")
 
 
 def changed(data: TensorDataset, position: int) -> TensorDataset:
