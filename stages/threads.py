@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,39 +19,41 @@ Result = TypeVar("Result")
 
 
 def in_threads(work: Callable[[Item], None], items: Sequence[Item]) -> None:
-    """Do some work for every item, on as many threads as PyTorch may use.
+    """Do some work for every item, on as many threads as PyTorch may use, each of which computes on one core.
 
-    PyTorch's own operations use one thread meanwhile, so that each core has one. Where one item fails, those that are
-    under way are finished, and no other is begun.
+    Where one item fails, those that are under way are finished, and no other is begun.
     """
     import torch
 
-    threads = torch.get_num_threads()
-    if threads == 1 or len(items) < 2:
+    if torch.get_num_threads() == 1 or len(items) < 2:
         for item in items:
             work(item)
         return
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(threads)
+    threads = one_core_threads()
+    done = [threads.submit(work, item) for item in items]
     try:
-        for done in pool.map(work, items):
-            assert done is None
+        for future in done:
+            future.result()
     finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        for future in reversed(done):
+            future.cancel()
+        wait(done)
 
 
 class Threads:
-    """As many threads as PyTorch may use, on each of which its operations use that thread alone.
+    """Threads on each of which PyTorch's operations use that thread alone.
 
     What the caller computes meanwhile may use as many threads as before.
+
+    Attributes:
+        count: how many.
     """
 
-    def __init__(self) -> None:
-        """Start them."""
+    def __init__(self, count: int) -> None:
+        """Start as many threads as PyTorch may use."""
         import torch
 
-        self.count: int = torch.get_num_threads()
+        self.count = count
         ready = threading.Barrier(self.count + 1)
 
         def settle() -> None:
@@ -74,17 +78,18 @@ class Threads:
         """Have a thread do some work; what is given is begun in order."""
         return self._pool.submit(work, *arguments)
 
-    def end(self) -> None:
-        """Begin nothing more, and wait for what is under way."""
-        self._pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Threads:
-        """Take them as they are."""
-        return self
+def one_core_threads() -> Threads:
+    """Return threads that this process keeps: new ones would each keep memory of their own."""
+    import torch
 
-    def __exit__(self, *exception: object) -> None:
-        """End them."""
-        self.end()
+    return _kept(os.getpid(), torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(process: int, count: int) -> Threads:
+    """Return threads of a process; those of a parent are not there in what it forks."""
+    return Threads(count)
 
 
 _own = threading.local()

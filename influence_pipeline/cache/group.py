@@ -41,7 +41,7 @@ from influence_pipeline.cache.stored import DecodedRows, StoredArray
 from influence_pipeline.cache.writing import ArrayWriting, BlockWriting
 from influence_pipeline.errors import CacheDamaged, WorkError
 from stages.stage import Array, ArrayLike, Block
-from stages.threads import Threads
+from stages.threads import one_core_threads
 
 log = logging.getLogger(__name__)
 
@@ -411,9 +411,10 @@ class Group:
             self.tidy(None)
             self.discard(None)
             self._remove(self.layout.merged_files())
-            with ExitStack() as left, Threads() as pool:
+            with ExitStack() as left:
                 for spec in self.layout.merged:
-                    writing = ArrayWriting(self, spec, tuple(slice(0, n) for n in spec.shape), pool)
+                    region = tuple(slice(0, n) for n in spec.shape)
+                    writing = ArrayWriting(self, spec, region, one_core_threads())
                     left.callback(writing.abandon)
                     writing.add(values[spec.name])
                     writing.finish()

@@ -14,7 +14,7 @@ import math
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,11 @@ class Filling:
         return {file.path: (file.length, file.checksum) for file in self._files.values()}
 
     def abandon(self) -> None:
-        """Remove what is left aside, and let go of all memory; no thread may be at work on it."""
+        """Begin nothing more, wait for what is under way, remove what is left aside, and let go of all memory."""
+        left = [*self._pending, *self._bands]
+        for future in reversed(left):
+            future.cancel()
+        wait(left)
         self._band = None
         self._free.clear()
         self._pending.clear()

@@ -13,7 +13,7 @@ from influence_pipeline.cache.layout import SCALE
 from influence_pipeline.cache.record import FileSum
 from influence_pipeline.cache.tiles import Filling, Part, Region, Tiles
 from stages.stage import Array, ArraySpec, Block
-from stages.threads import Threads
+from stages.threads import Threads, one_core_threads
 
 if TYPE_CHECKING:
     from influence_pipeline.cache.group import Group
@@ -105,7 +105,7 @@ class BlockWriting:
         """
         self._group, self._block = group, block
         tiled = any(group.zarr_array(spec.name).shards for spec in group.layout.stored)
-        self._pool = Threads() if tiled else None
+        self._pool = one_core_threads() if tiled else None
         self._arrays = {spec.name: self._begin(spec) for spec in group.layout.arrays}
         try:
             group.tidy(block)
@@ -147,8 +147,6 @@ class BlockWriting:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """End the threads, and remove what is left aside."""
-        if self._pool is not None:
-            self._pool.end()
+        """Remove what is left aside."""
         for array in self._arrays.values():
             array.abandon()

@@ -16,7 +16,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from influence_pipeline.cache.encoding import GROUP, round_trip, scales
 from influence_pipeline.cache.tiles import Filling, Region, Tiles
-from stages.threads import Threads
+from stages.threads import one_core_threads
 
 SHAPES = [
     # array, file, tile
@@ -52,12 +52,13 @@ def numbers(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 def fill(tiles: Tiles, region: Region, values: np.ndarray, step: int = 10**9) -> dict[Path, tuple[int, int]]:
     """Write a region, some rows at a time."""
-    with Threads() as pool:
-        filling = Filling(tiles, region, lambda rows, first: lambda columns: rows[(slice(None), *columns)], pool)
-        for start in range(0, len(values), step):
-            filling.add(values[start : start + step])
-        filling.finish()
-        return filling.appear()
+    filling = Filling(
+        tiles, region, lambda rows, first: lambda columns: rows[(slice(None), *columns)], one_core_threads()
+    )
+    for start in range(0, len(values), step):
+        filling.add(values[start : start + step])
+    filling.finish()
+    return filling.appear()
 
 
 def write(tiles: Tiles, values: np.ndarray, step: int = 10**9) -> None:
@@ -157,13 +158,13 @@ def test_eight_bits_lose_less_than_a_254th_of_the_largest_of_each_group(dim: int
 def test_what_is_given_up_leaves_no_file(tmp_path: Path) -> None:
     tiles, values = Tiles(tmp_path, make(tmp_path, SHAPES[1], "float32")), numbers(SHAPES[1][0], "float32")
     before = sorted(tmp_path.rglob("*"))
-    with Threads() as pool:
-        filling = Filling(
-            tiles, (slice(0, 8), slice(0, 9)), lambda rows, first: lambda columns: rows[(slice(None), *columns)], pool
-        )
-        filling.add(values[:8])
-        filling.finish()
-        assert any(path.suffix == ".partial" for path in tmp_path.rglob("*"))
+    region = slice(0, 8), slice(0, 9)
+    filling = Filling(
+        tiles, region, lambda rows, first: lambda columns: rows[(slice(None), *columns)], one_core_threads()
+    )
+    filling.add(values[:8])
+    filling.finish()
+    assert any(path.suffix == ".partial" for path in tmp_path.rglob("*"))
     filling.abandon()
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == [p for p in before if p.is_file()]
 
@@ -174,16 +175,16 @@ def test_an_error_of_a_thread_is_raised(tmp_path: Path) -> None:
     def refuse(rows: Any, first: int) -> Any:
         raise OSError(28, "full")
 
-    with Threads() as pool:
-        filling = Filling(tiles, (slice(0, 8), slice(0, 9)), refuse, pool)
+    filling = Filling(tiles, (slice(0, 8), slice(0, 9)), refuse, one_core_threads())
 
-        def write() -> None:
-            filling.add(values[:8])
-            filling.finish()
+    def write() -> None:
+        filling.add(values[:8])
+        filling.finish()
 
-        with pytest.raises(OSError, match="full"):
-            write()
+    with pytest.raises(OSError, match="full"):
+        write()
     filling.abandon()
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_region_may_begin_in_any_file(tmp_path: Path) -> None:
