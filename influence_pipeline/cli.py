@@ -293,9 +293,11 @@ def _table(influences: ip.Influences, test: int | None, k: int) -> None:
     if test is not None:
         what = f"for test {influences.test_ids[test]}" + _label(tests, test)
     typer.echo(f"{'most helpful ' + what:<44}{'most harmful ' + what}")
-    positions = {int(i): row for row, i in enumerate(influences.train_ids)}
     for left, right in zip(zip(helpful, helps, strict=True), zip(harmful, harms, strict=True), strict=True):
-        cells = [f"{i:>8}  {score:+.3e}{_label(trains, positions[int(i)])}" for i, score in (left, right)]
+        cells = [
+            f"{i:>8}  {score:+.3e}{_label(trains, int((influences.train_ids == i).argmax()))}"
+            for i, score in (left, right)
+        ]
         typer.echo(f"{cells[0]:<44}{cells[1]}")
     over, count = influences.curvature_samples, len(influences.train_ids)
     if over != count:

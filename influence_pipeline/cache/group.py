@@ -215,11 +215,18 @@ class Group:
 
     def bytes_on_disk(self) -> int:
         """Return the bytes of all files."""
-        return sum(_length(path) for path in self.path.rglob("*") if path.is_file())
+        return sum(found.st_size for found in self._files())
 
     def written(self) -> float:
         """Return when something was last written, in seconds since the epoch."""
-        return max((path.stat().st_mtime for path in self.path.rglob("*") if path.is_file()), default=0.0)
+        return max((found.st_mtime for found in self._files()), default=0.0)
+
+    def _files(self) -> Iterator[os.stat_result]:
+        """Yield what the disk says of each file, several times faster than by a Path for each."""
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with contextlib.suppress(OSError):  # it may be gone since
+                    yield os.stat(f"{folder}/{name}")
 
     # ---- damage --------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -91,3 +92,26 @@ def test_a_run_with_nothing_to_do_looks_at_each_block_a_few_times(
     assert most("opened", "**/zarr.json") <= 16 * sets
     assert counts["digests"]["sample"] <= SENTINELS + sum(map(len, tests.values()))
     assert counts["digests"]["whole"] == 1
+
+
+@pytest.mark.parametrize("gone", ["grad_z/*/blocks/c/1/0", "s_test/*/blocks/c/1/0", "grad_z/*"])
+@pytest.mark.parametrize("scored", [True, False], ids=["scored", "not scored"])
+def test_what_goes_away_between_two_stages_of_a_run_is_missed(
+    done: Path, make: Make, monkeypatch: pytest.MonkeyPatch, gone: str, scored: bool
+) -> None:
+    if not scored:
+        shutil.rmtree(done / "influence")
+    s_test = ip.Pipeline.s_test
+
+    def losing(pipeline: ip.Pipeline, tests: str) -> Any:
+        outcome = s_test(pipeline, tests)
+        for path in [path for path in done.glob(gone) if path.name != "zarr.json"]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return outcome
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ip.Pipeline, "s_test", losing)
+        with pytest.raises(ip.WorkError, match="removed meanwhile: run again"):
+            make().run()
+    make().run()
+    assert make().plan().complete
