@@ -81,9 +81,11 @@ class ArrayWriting:
         return {}
 
     def abandon(self) -> None:
-        """Remove what is written aside."""
+        """Remove what is left aside, and let go of all values."""
+        self._values.clear()
         if self._filling is not None:
             self._filling.abandon()
+            self._filling = None
 
     def _encode(self, values: Array, first: int) -> Part:
         """Return what gives columns of some rows, scaled; note the factors of the rows."""
