@@ -180,7 +180,7 @@ class Filling:
             if self._next == band.stop:
                 self._close(band)
                 self._band = None
-        while len(self._pending) > 2 * self._pool.count:
+        while len(self._pending) > self._pool.count:
             self._pending.popleft().result()
 
     def finish(self) -> None:
