@@ -245,7 +245,8 @@ def draw(figures: Path) -> None:
         figure, axes = pyplot.subplots(figsize=(6, 4))
         for system, points in systems.items():
             axes.plot(*zip(*points, strict=True), marker="o", label=system)
-        axes.set(xlabel=axis, ylabel="seconds", yscale="log", xscale="log" if name == "samples" else "linear")
+        axes.set(xlabel=axis, ylabel="seconds", ylim=(0, None), xlim=(0, None))
+        axes.grid(visible=True, alpha=0.3)
         axes.legend()
         figure.tight_layout()
         figure.savefig(figures.parent / f"{name}.png", dpi=150)
