@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -54,6 +52,7 @@ class Threads:
         import torch
 
         self.count = count
+        self._threads: list[threading.Thread] = []
         ready = threading.Barrier(self.count + 1)
 
         def settle() -> None:
@@ -61,6 +60,7 @@ class Threads:
             # later: so it is asked before, and the caller, once all are there, has the last word.
             torch.get_num_threads()
             torch.set_num_threads(1)
+            self._threads.append(threading.current_thread())
             ready.wait()
 
         self._pool = ThreadPoolExecutor(self.count, "encode", settle)
@@ -74,6 +74,11 @@ class Threads:
         finally:
             torch.set_num_threads(self.count)
 
+    @property
+    def there(self) -> bool:
+        """Whether they still are; those of a parent are not there in what it forks."""
+        return all(thread.is_alive() for thread in self._threads)
+
     def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Have a thread do some work; what is given is begun in order."""
         return self._pool.submit(work, *arguments)
@@ -83,13 +88,15 @@ def one_core_threads() -> Threads:
     """Return threads that this process keeps: new ones would each keep memory of their own."""
     import torch
 
-    return _kept(os.getpid(), torch.get_num_threads())
+    count = torch.get_num_threads()
+    known = _kept.get(count)
+    if known is None or not known.there:
+        _kept.clear()
+        known = _kept[count] = Threads(count)
+    return known
 
 
-@functools.lru_cache(maxsize=1)
-def _kept(process: int, count: int) -> Threads:
-    """Return threads of a process; those of a parent are not there in what it forks."""
-    return Threads(count)
+_kept: dict[int, Threads] = {}
 
 
 _own = threading.local()

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -252,15 +253,20 @@ class Flips:
 
 def without_threads() -> None:
     """Have zarr work in this thread: its many are most of the time that so small arrays take."""
-    loop, sync = asyncio.new_event_loop(), zarr.core.sync.sync
+    loops, sync = threading.local(), zarr.core.sync.sync
 
     async def at_once(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
+    def in_this_thread(work: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(loops, "own"):
+            loops.own = asyncio.new_event_loop()
+        return loops.own.run_until_complete(work)
+
     asyncio.to_thread = at_once
     for module in list(sys.modules.values()):
         if module.__name__.startswith("zarr.") and getattr(module, "sync", None) is sync:
-            vars(module)["sync"] = lambda work, *args, **kwargs: loop.run_until_complete(work)
+            vars(module)["sync"] = in_this_thread
 
 
 def some(folder: str, seeds: tuple[int, int], progress: str) -> dict[str, Any]:

@@ -331,7 +331,7 @@ def test_less_than_one_block_is_refused_before_anything_is_computed(
     disk.leave(40)
     said = refusal(lambda: make(folder, **wide()).run())
     free = show_bytes(disk.free_pages * PAGE)
-    assert re.search(rf"grad_z needs 4\d\d KiB more \(before compression\), .*{folder}.* has {free} free", said)
+    assert re.search(rf"grad_z needs [45]\d\d KiB more \(before compression\), .*{folder}.* has {free} free", said)
     assert computed == []
     assert kept_blocks(folder) == set()
     disk.lighten()
@@ -709,8 +709,9 @@ def test_an_input_that_goes_away_while_scores_are_computed_is_named_or_made_agai
         make().run()
     except ip.WorkError as lost:
         said = str(lost)
-    assert str(cache / stage) in said
-    assert said == str(cache / stage) or re.search(r"gone|No such file|is missing|not there", said), said
+    # What is of a curvature that is gone is not there either.
+    assert str(cache / stage) in said or (stage == "curvature" and "s_test of holdout is not complete" in said)
+    assert said == str(cache / stage) or re.search(r"gone|No such file|is missing|not there|removed", said), said
     kept = tiny.blocks(cache)
     goes_on(make, cache, computed, kept)
     assert tiny.files(cache) == tiny.files(finished)
