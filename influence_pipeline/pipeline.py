@@ -163,15 +163,20 @@ class Pipeline:
         Raises:
             MissingStage: it is not complete.
         """
-        return {name: self._influence(name, tests[position + 1 :]) for position, name in enumerate(tests)}
+        found: dict[str, Influences] = {}
+        while left := [name for name in dict.fromkeys(tests) if name not in found]:
+            place, *others = map(self._works.influence_place, left)
+            # The first of those that fit into one pass has the others computed with it.
+            beside = self._works.beside(place, others)
+            for each, with_it in ((place, beside), *((other, ()) for other in beside)):
+                found[str(each.tests)] = self._influence(each, with_it)
+        return found
 
-    def _influence(self, tests: str, beside: Sequence[str]) -> Influences:
-        works = self._works
-        place = works.influence_place(tests)
+    def _influence(self, place: Place, beside: Sequence[Place]) -> Influences:
+        works, tests = self._works, str(place.tests)
         self._mend(place)
-        others = works.beside(place, [works.influence_place(name) for name in beside])
         for _ in range(MOST_MENDS):
-            self._seconds[tests] = self._seconds.get(tests, 0.0) + self._run(place, others).seconds
+            self._seconds[tests] = self._seconds.get(tests, 0.0) + self._run(place, beside).seconds
             group = works.find(place)
             assert group is not None
             try:

@@ -371,7 +371,7 @@ def _in_workers(
     blocks, done = {block.index: block for block in missing}, []
     threads, workers = _threads_each(runtime.workers), min(runtime.workers, len(missing))
     log_file = None if runtime.log_file is None else str(runtime.log_file)
-    parallel = _parallel(workers, runtime.backend)
+    parallel = _parallel(workers, runtime)
     results: Any = None
     try:
         jobs = (joblib.delayed(_block_in_worker)(rebuild, token, i, threads, log_file) for i in blocks)
@@ -394,24 +394,27 @@ def _in_workers(
     return done
 
 
-def _parallel(workers: int, backend: str) -> joblib.Parallel:
+def _parallel(workers: int, runtime: RuntimeSettings) -> joblib.Parallel:
     """Return what has processes compute.
 
     Raises:
         RequestError: joblib has no such backend, or it cannot be used here.
     """
-    own = {"initializer": _settle_worker, "initargs": (os.getpid(), str(_numbers()))} if backend == "loky" else {}
+    own: dict[str, Any] = {}
+    if runtime.backend == "loky":
+        numbers = _numbers() if runtime.device in ("auto", "cuda") else None
+        own = {"initializer": _settle_worker, "initargs": (os.getpid(), numbers)}
     try:
         return joblib.Parallel(
             n_jobs=workers,
-            backend=backend,
+            backend=runtime.backend,
             return_as="generator_unordered",
             pre_dispatch="2 * n_jobs",
             batch_size=1,
             **own,
         )
     except (ValueError, ImportError) as error:
-        raise RequestError(f"runtime.backend = {backend!r} cannot be used: {error}") from error
+        raise RequestError(f"runtime.backend = {runtime.backend!r} cannot be used: {error}") from error
 
 
 @functools.cache
@@ -466,12 +469,15 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _settle_worker(parent: int, numbers: str) -> None:
+def _settle_worker(parent: int, numbers: Path | None) -> None:
     """Have a new worker process end with its parent, leave nothing behind when it is killed, and use a GPU of its own.
 
-    The parent is told by its number: where it died while this process was starting, somebody else is the parent now.
+    Args:
+        parent: its process; where it died while this one was starting, somebody else is the parent now.
+        numbers: where workers number themselves; None where the settings say which device they use.
     """
-    _take_gpu(Path(numbers))
+    if numbers is not None:
+        _take_gpu(numbers)
     threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
     leave_no_lock()
 

@@ -105,10 +105,10 @@ def _multiply(rows: torch.Tensor, factors: torch.Tensor, start: int, out: torch.
     """Multiply some columns of rows by the factors of whole rows, (n, g).
 
     Args:
-        rows: (n, columns).
+        rows: (n, columns), each row in one piece.
         factors: one for each row, or one for each group of its columns.
         start: the position of the first column.
-        out: (n, columns), which may be ``rows``.
+        out: likewise; it may be ``rows``.
     """
     import torch
 
@@ -121,14 +121,10 @@ def _multiply(rows: torch.Tensor, factors: torch.Tensor, start: int, out: torch.
     whole = first + (count - first) // GROUP * GROUP
     for part, width in ((slice(0, first), first), (slice(first, whole), GROUP), (slice(whole, count), count - whole)):
         if part.start < part.stop:
-            group = (start + part.start) // GROUP
-            columns = out[:, part]
-            if columns.data_ptr() != rows[:, part].data_ptr():
-                columns.copy_(rows[:, part])
-            grouped = columns.as_strided(
-                (len(rows), (part.stop - part.start) // width, width), (out.stride(0), width, 1)
-            )
-            grouped.mul_(factors[:, group : group + grouped.shape[1], None])
+            group, groups = (start + part.start) // GROUP, (part.stop - part.start) // width
+            shape = (len(rows), groups, width)
+            of_groups, into = (each[:, part].as_strided(shape, (each.stride(0), width, 1)) for each in (rows, out))
+            torch.mul(of_groups, factors[:, group : group + groups, None], out=into)
 
 
 def round_trip(rows_nD: Array, encoding: str) -> Array:

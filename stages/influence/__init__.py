@@ -30,6 +30,9 @@ from stages.stage import (
 if TYPE_CHECKING:
     import torch
 
+AT_ONCE = 2**13
+"""Columns of vectors that are read at once."""
+
 
 class Influence(Stage):
     """Streams both matrices tile by tile; neither S, nor G, nor the scores are ever held whole.
@@ -277,6 +280,4 @@ def _transposed(vectors: ArrayLike, rows: slice, columns: slice) -> torch.Tensor
     return found
 
 
-AT_ONCE = 2**13
-"""Columns of vectors that are read at once."""
 _RANKINGS = ("helpful_ids", "helpful_scores", "harmful_ids", "harmful_scores")

@@ -61,6 +61,14 @@ def alone(make: Pipelines, cache: Path) -> dict[str, bytes]:
     return files
 
 
+def goes_on(make: Pipelines, cache: Path, reads: list[Any], starts: list[int], expected: dict[str, bytes]) -> None:
+    """Run all, and check which gradients are read for it, and what is there then."""
+    reads.clear()
+    make().run()
+    assert [rows.start for rows, _ in reads] == starts
+    assert tiny.files(cache) == expected
+
+
 def test_all_sets_are_scored_in_one_pass_in_the_bits_that_each_gets_alone(
     make: Pipelines, cache: Path, reads: list[Any]
 ) -> None:
@@ -69,6 +77,7 @@ def test_all_sets_are_scored_in_one_pass_in_the_bits_that_each_gets_alone(
     reads.clear()
     found = make().run()
     assert list(found) == list(SETS)
+    assert list(make().influences("two", "one", "two")) == ["two", "one"]
     assert len(reads) == 4
     assert tiny.files(cache) == expected
 
@@ -81,10 +90,7 @@ def test_only_what_is_missing_is_computed_with_the_others(make: Pipelines, cache
     one, three = (next(cache.glob(f"influence/{name}-*")) for name in ("one", "three"))
     for path in (one / "blocks/c/0/1/0", three / "blocks/c/0/1/0", three / "blocks/c/0/3/0"):
         path.unlink()
-    reads.clear()
-    make().run()
-    assert [rows.start for rows, _ in reads] == [16, 48]
-    assert tiny.files(cache) == expected
+    goes_on(make, cache, reads, [16, 48], expected)
 
 
 def test_an_interrupted_pass_goes_on(
@@ -105,10 +111,7 @@ def test_an_interrupted_pass_goes_on(
             pipeline.run()
     assert not list(cache.rglob("*.claim"))
     assert not list(cache.rglob("*.partial"))
-    reads.clear()
-    make().run()
-    assert [rows.start for rows, _ in reads] == [32, 48]
-    assert tiny.files(cache) == expected
+    goes_on(make, cache, reads, [32, 48], expected)
 
 
 def test_sets_that_do_not_fit_together_are_scored_one_after_the_other(
@@ -144,3 +147,19 @@ def test_two_workers_score_all_sets_in_one_pass(make: Pipelines, cache: Path, ne
     expected = alone(make, cache)
     make(runtime={"workers": 2}).run()
     assert tiny.files(cache) == expected
+
+
+def test_with_nothing_to_do_each_set_is_looked_at_no_more_often_the_more_there_are(
+    make: Pipelines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make().run()
+    opened: list[str | None] = []
+    find = ip.Pipeline._open
+
+    def counted(pipeline: ip.Pipeline, place: Any) -> Any:
+        opened.append(place.tests if place.stage == "influence" else None)
+        return find(pipeline, place)
+
+    monkeypatch.setattr(ip.Pipeline, "_open", counted)
+    make().run()
+    assert [opened.count(name) for name in SETS] == [1, 2, 2]
