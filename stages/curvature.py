@@ -22,7 +22,7 @@ from stages import work
 from stages.batch import only_tensors, shapes, size, split
 from stages.grad_z import loop, refuse_infinite
 from stages.grad_z.choose import TOLERANCE, naming, refuse_memory, relative_difference
-from stages.jacobian import ggn_products
+from stages.jacobian import Linearised, ggn_products, linearised
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch, Progress, Report, Samples, StageError, silent
 
@@ -31,8 +31,12 @@ log = logging.getLogger(__name__)
 Kind = Literal["hessian", "ggn"]
 Product = Callable[[Tensor], Tensor]
 """(T, D) -> (T, D), linear in every row."""
+Repeated = Callable[..., Tensor]
+"""A product that takes a report, too."""
 PROBES = 8
 """Samples on which two ways to the same products are compared."""
+KEPT = 4
+"""A Jacobian that is kept between products has one part in so many of the memory at most."""
 
 
 @dataclass
@@ -91,6 +95,55 @@ class Curvature:
                 total_TD += self._sum(batch)(vectors_TD)
                 done += size(batch)
                 report(Progress(done, len(ids), f"{self.kind} products"))
+        return self._mean(total_TD, len(ids), vectors_TD)
+
+    def over(self, ids: Sequence[int]) -> Repeated:
+        """Return what multiplies by H with the mean over ``ids`` again and again.
+
+        The Jacobian of these samples is made once and kept where it is small enough; that depends on sizes alone.
+        """
+        kept: list[Linearised] | None = None
+
+        def product(vectors_TD: Tensor, report: Report = silent) -> Tensor:
+            nonlocal kept
+            if kept is None:
+                kept = self._jacobian_of(ids, vectors_TD)
+            if not kept:
+                return self.product(vectors_TD, ids, report)
+            total_TD = torch.zeros_like(vectors_TD)
+            for part in kept:
+                part.add_products(vectors_TD, total_TD)
+            report(Progress(len(ids), len(ids), f"{self.kind} products"))
+            return self._mean(total_TD, len(ids), vectors_TD)
+
+        return product
+
+    def kept_bytes(self, count: int) -> int:
+        """Return what :meth:`over` keeps of ``count`` samples, at most."""
+        if self.kind != "ggn":
+            return 0
+        return min(self.memory_bytes // KEPT, count * self.dim**2 * self.function.dtype.itemsize)
+
+    def _jacobian_of(self, ids: Sequence[int], vectors_TD: Tensor) -> list[Linearised]:
+        """Return the Jacobian of some samples, none where it does not pay or is too large to keep."""
+        few = self.samples.batch(ids[:PROBES])
+        sizes = self._sizes(few)
+        numbers = len(ids) * sizes.outputs * self.dim
+        fits = numbers * self.function.dtype.itemsize <= self.memory_bytes // KEPT
+        if not fits or not sizes.kept_jacobian_pays(self.together) or not self._may_use_jacobian(few, vectors_TD):
+            return []
+        found: list[Linearised] = []
+        with closing(self.samples.batches(ids, sizes.samples_together(self.together))) as batches:
+            for batch in batches:
+                found += linearised(self.function, batch, size(batch))
+        return found
+
+    def _mean(self, total_TD: Tensor, count: int, vectors_TD: Tensor) -> Tensor:
+        """Return H v for each row v, given the sums over ``count`` samples, which are changed.
+
+        Raises:
+            StageError: finite vectors have products that are not.
+        """
         if not torch.isfinite(total_TD).all() and torch.isfinite(vectors_TD).all():
             self.gradient()  # where that is not finite either, it names the samples
             raise StageError(
@@ -98,7 +151,7 @@ class Curvature:
                 f"finite second derivative, or it is beyond {self.function.dtype}: look at the scale of inputs and "
                 'losses, or use solver = "identity"'
             )
-        return total_TD.div_(len(ids)).addcmul_(self.l2, vectors_TD)
+        return total_TD.div_(count).addcmul_(self.l2, vectors_TD)
 
     def on(self, batch: Batch) -> Product:
         """Return what multiplies by H with the mean over one batch, which is linearised once for all products."""
@@ -144,7 +197,7 @@ class Curvature:
             nonlocal linear
             try:
                 sizes = self._sizes(batch)
-                if self._by_jacobian(sizes, batch, vectors_TD):
+                if sizes.jacobian_pays(len(vectors_TD), self.together) and self._may_use_jacobian(batch, vectors_TD):
                     return ggn_products(self.function, batch, vectors_TD, sizes.samples_together(self.together))
                 linear = linear or self._linear(batch)
                 return self._products(linear, sizes.vectors_together(self.together), vectors_TD)
@@ -170,9 +223,9 @@ class Curvature:
             self._work[key] = work.count(self.function, batch)
         return self._work[key]
 
-    def _by_jacobian(self, sizes: work.Work, batch: Batch, vectors_TD: Tensor) -> bool:
-        """Say whether to multiply by the Jacobian: where that pays, and was once found to be right."""
-        if self.kind != "ggn" or not sizes.jacobian_pays(len(vectors_TD), self.together) or not only_tensors(batch):
+    def _may_use_jacobian(self, batch: Batch, vectors_TD: Tensor) -> bool:
+        """Say whether products by the Jacobian are the same: that was once found to be right."""
+        if self.kind != "ggn" or not only_tensors(batch):
             return False
         if self._jacobian is None:
             self._jacobian = self._jacobian_is_right(batch, vectors_TD[:2])

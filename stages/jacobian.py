@@ -5,7 +5,8 @@ Shapes: ``T`` vectors, ``D`` coordinates, ``B`` samples in a batch, ``K`` entrie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,21 +36,50 @@ def jacobian(function: ModelFunction, batch: Batch) -> tuple[Tensor, Tensor]:
     return rows_BKD.detach(), outputs.detach()
 
 
+@dataclass(frozen=True)
+class Linearised:
+    """A model at some samples: their Jacobian, and the product with the Hessians of their losses in the outputs.
+
+    Attributes:
+        rows: the Jacobian, (B, K, D).
+        inner: (T, B, …) -> (T, B, …), as the outputs are shaped.
+        outputs: these, (B, …).
+    """
+
+    rows: Tensor
+    inner: Callable[[Tensor], Tensor]
+    outputs: Tensor
+
+    def add_products(self, vectors_TD: Tensor, total_TD: Tensor) -> None:
+        """Add Σ JᵢᵀAᵢJᵢ v for each row v to ``total_TD``."""
+        rows = self.rows.flatten(0, 1)
+        forward = (vectors_TD @ rows.T).to(self.outputs.dtype)
+        backward = self.inner(forward.reshape(-1, *self.outputs.shape)).reshape(forward.shape)
+        total_TD.addmm_(backward.to(vectors_TD.dtype), rows)
+
+
+def linearised(function: ModelFunction, batch: Batch, together: int) -> Iterator[Linearised]:
+    """Yield a batch's parts of ``together`` samples with their Jacobian.
+
+    Raises:
+        RuntimeError: the model does something that ``vmap`` cannot follow.
+    """
+    tensors, join = split(batch)
+    for pieces in zip(*(torch.split(tensor, together) for tensor in tensors), strict=True):
+        part = join(list(pieces))
+        rows_BKD, outputs = jacobian(function, part)
+        yield Linearised(rows_BKD, _loss_curvature(function, part, outputs), outputs)
+
+
 def ggn_products(function: ModelFunction, batch: Batch, vectors_TD: Tensor, together: int) -> Tensor:
     """Return Σ JᵢᵀAᵢJᵢ v over a batch for each row v, (T, D), with the Jacobian of ``together`` samples at once.
 
     Raises:
         RuntimeError: the model does something that ``vmap`` cannot follow.
     """
-    tensors, join = split(batch)
     total_TD = torch.zeros_like(vectors_TD)
-    for pieces in zip(*(torch.split(tensor, together) for tensor in tensors), strict=True):
-        part = join(list(pieces))
-        rows_BKD, outputs = jacobian(function, part)
-        inner = _loss_curvature(function, part, outputs)
-        forward = (vectors_TD @ rows_BKD.flatten(0, 1).T).to(outputs.dtype)
-        backward = inner(forward.reshape(-1, *outputs.shape)).reshape(forward.shape)
-        total_TD.addmm_(backward.to(vectors_TD.dtype), rows_BKD.flatten(0, 1))
+    for part in linearised(function, batch, together):
+        part.add_products(vectors_TD, total_TD)
     return total_TD
 
 

@@ -50,6 +50,10 @@ class Work:
         fits = self._one_jacobian <= max(together, self.dim * vectors // 3)
         return 0 < by_jacobian < 2 * self.backward * vectors and fits
 
+    def kept_jacobian_pays(self, together: int) -> bool:
+        """Say whether GGN products take fewer operations by a Jacobian that is there, for however many vectors."""
+        return 0 < 2 * self.outputs * self.dim < self.backward and self._one_jacobian <= together
+
     def vectors_together(self, together: int) -> int:
         """How many vectors to multiply at once, where each needs arrays of its own for the whole batch."""
         return max(1, together // max(self.dim, self.widest))

@@ -113,9 +113,9 @@ class Case:
         """What the package makes of it."""
         return ModelFunction(self.model, self.task, self.globs, CPU)
 
-    def curvature(self, kind: str, batch_size: int = 5) -> Curvature:
+    def curvature(self, kind: str, batch_size: int = 5, memory_bytes: int = 2**30) -> Curvature:
         """What the package makes of its curvature."""
-        return Curvature(self.function, self.data, kind, batch_size, 2**30)
+        return Curvature(self.function, self.data, kind, batch_size, memory_bytes)
 
     @property
     def parameters(self) -> list[Tensor]:

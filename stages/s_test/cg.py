@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stages.s_test.solver import (
@@ -30,7 +29,7 @@ from stages.stage import Progress, Report, StageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.curvature import Curvature
+    from stages.curvature import Curvature, Product
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +62,17 @@ class Cg(CurvatureSolver):
         of = "the training set" if self.sample == "all" else f"{self.sample} training samples"
         return f" of ≤ {self.max_iterations} passes over {of}"
 
+    def fixed_bytes(self, curvature: Curvature) -> int:
+        """Return what products with H take, and the Jacobian that is kept between them."""
+        count = len(curvature.samples) if self.sample == "all" else int(self.sample)
+        return super().fixed_bytes(curvature) + curvature.kept_bytes(count)
+
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
         """Return the function that iterates; it refuses an (H + λI) that is not, or hardly, positive definite."""
         import torch
 
         damping = self.resolved(prepared)
-        ids = fixed_sample(self.sample, len(curvature.samples), self.seed)
+        over = curvature.over(fixed_sample(self.sample, len(curvature.samples), self.seed))
 
         def solve(rhs_TD: Tensor, report: Report) -> Solution:
             calls = 0
@@ -77,7 +81,7 @@ class Cg(CurvatureSolver):
                 def inner(progress: Progress) -> None:
                     report(Progress(calls, self.max_iterations, f"cg iteration {calls}, {len(vectors)} test samples"))
 
-                return curvature.product(vectors, ids, inner)
+                return over(vectors, inner)
 
             def damped(vectors: Tensor) -> Tensor:
                 nonlocal calls
@@ -86,12 +90,12 @@ class Cg(CurvatureSolver):
 
             vectors, iterations, residual = conjugate_gradients(damped, rhs_TD, self.tolerance, self.max_iterations)
             if vectors is None:
-                raise negative_curvature(curvature, lambda v: curvature.product(v, ids), damping, self.seed)
+                raise negative_curvature(curvature, over, damping, self.seed)
             unknown = torch.nonzero(residual.isnan()).flatten()
             if len(unknown):
                 residual[unknown] = relative_residual(product, damping, rhs_TD[unknown], vectors[unknown])
             if float(residual.max()) > HOPELESS:
-                raise self._hopeless(curvature, ids, damping, residual)
+                raise self._hopeless(curvature, over, damping, residual)
             missed = int((residual > 1.5 * self.tolerance).sum())
             if missed:
                 log.warning(
@@ -104,16 +108,14 @@ class Cg(CurvatureSolver):
 
         return solve
 
-    def _hopeless(self, curvature: Curvature, ids: Sequence[int], damping: float, residual: Tensor) -> StageError:
+    def _hopeless(self, curvature: Curvature, over: Product, damping: float, residual: Tensor) -> StageError:
         """Make the error for solutions that are far worse than zero, with a damping that would do.
 
         The number of steps is at most ½√κ ln(2√κ / tolerance) for the condition number κ (Saad, 2003, 6.11.3).
         """
         from stages.curvature import extreme_eigenvalues
 
-        smallest, largest = extreme_eigenvalues(
-            lambda v: curvature.product(v, ids), curvature.dim, curvature.l2, self.seed, steps=60
-        )
+        smallest, largest = extreme_eigenvalues(over, curvature.dim, curvature.l2, self.seed, steps=60)
         condition = (2 * self.max_iterations / math.log(2 * self.max_iterations / self.tolerance)) ** 2
         enough = 1.1 * (max(0.0, -smallest) + largest / condition)
         return StageError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stages import curvature as curvature_module
 from stages import work
-from stages.curvature import extreme_eigenvalues, mean_eigenvalue
+from stages.curvature import KEPT, extreme_eigenvalues, mean_eigenvalue
 from stages.jacobian import ggn_products
 from stages.parameters import evaluating
 from stages.stage import Progress
@@ -242,6 +242,31 @@ def test_products_over_some_samples_are_means_over_these(kind: str) -> None:
     expected = vectors @ dense(part, kind)
     torch.testing.assert_close(case.curvature(kind, 2).product(vectors, ids), expected, **EXACT)
     torch.testing.assert_close(case.curvature(kind).on(case.data.batch(ids))(vectors), expected, **EXACT)
+
+
+@pytest.mark.parametrize(("memory", "forward_passes"), [(2**30, 0), (3 * 3 * 43 * 8 * KEPT - 1, 2)])
+def test_a_jacobian_that_fits_is_made_once_for_products_that_are_taken_again(
+    memory: int, forward_passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Work, "kept_jacobian_pays", lambda self, together: True)
+    case, ids = make(oracles.mlp), [1, 4, 7]
+    curvature, vectors = case.curvature("ggn", 2, memory), vectors_for(case)
+    expected = vectors @ dense(Case("", case.model, case.task, Data(case.data.batch(ids))), "ggn")
+    product = curvature.over(ids)
+    torch.testing.assert_close(product(vectors), expected, **EXACT)
+    passes: list[int] = []
+    case.model[0].register_forward_hook(lambda *_: passes.append(1))
+    torch.testing.assert_close(product(vectors[:1]), expected[:1], **EXACT)
+    assert len(passes) == forward_passes
+    assert forward_passes or curvature.kept_bytes(len(ids)) >= 3 * 3 * 43 * 8
+
+
+def test_hessians_are_not_multiplied_by_a_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Work, "kept_jacobian_pays", lambda self, together: True)
+    case, ids = make(oracles.mlp), [1, 4, 7]
+    curvature, vectors = case.curvature("hessian", 2), vectors_for(case)
+    torch.testing.assert_close(curvature.over(ids)(vectors), curvature.product(vectors, ids), **EXACT)
+    assert not curvature.kept_bytes(len(ids))
 
 
 @pytest.mark.parametrize("case", CASES)

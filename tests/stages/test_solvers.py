@@ -524,7 +524,7 @@ def test_the_stage_solves_for_each_sample_of_its_block_however_many_fit_at_once(
     solver = Cg(damping={"relative": 2.0}, tolerance=1e-7)
     curvature = case.curvature("ggn", 64)
     prepared = oracles.prepared(solver, curvature)
-    memory = curvature.product_bytes + 7 * 43 * 4 + rows_at_once * solver.state_vectors * 43 * 8
+    memory = solver.fixed_bytes(curvature) + 7 * 43 * 4 + rows_at_once * solver.state_vectors * 43 * 8
     stage = STest(solver, curvature, prepared, case.data, 7, 2, memory)
     assert stage.rows_at_once == rows_at_once
     assert stage.held_bytes(rows_at_once) == memory
