@@ -58,7 +58,8 @@ class Context:
                 "experiment must load the same weights every time, from a file, and not train"
             )
         try:
-            self.function = ModelFunction(experiment.model, experiment.task, settings.grad_z.parameters, self.device)
+            chosen, projection = settings.grad_z.parameters, settings.grad_z.projection
+            self.function = ModelFunction(experiment.model, experiment.task, chosen, self.device, projection)
             self.function.l2()
         except StageError as error:
             raise RequestError(str(error)) from error
@@ -123,11 +124,12 @@ class Context:
 
     def basis(self) -> dict[str, Any]:
         """Return what everything depends on that is computed of the model and the training set."""
+        projection = self.settings.grad_z.projection
         return {
             "format": FORMAT,
             "weights": self.weights,
             "parameters": {name: list(p.shape) for name, p in self.function.params.items()},
-            "projection": None,
+            "projection": None if projection is None else projection.model_dump(mode="json"),
             "task": self.experiment.task.identity(),
             "train": self.experiment.train_name,
         }

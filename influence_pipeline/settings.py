@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from influence_pipeline.errors import RequestError
+from stages.numbers import Count, Whole, no_switch
+from stages.projection import Projection
 from stages.s_test import solvers
 from stages.s_test.cg import Cg
-from stages.s_test.solver import Count, RelativeDamping, Solver, Whole, no_switch
+from stages.s_test.solver import RelativeDamping, Solver
 
 
 def _named(given: Any) -> Any:
@@ -102,11 +104,13 @@ class GradZSettings(_Section):
 
     Attributes:
         parameters: globs over the names of trainable parameters; what matches none is an error.
+        projection: of the gradients to fewer coordinates; see :class:`~stages.projection.Projection`.
         encoding: how gradients are kept, "float16" scaled by row, "int8" scaled by row and group, or "float32".
         store: keep the gradients; false computes them again for every test set, for users without the disk.
     """
 
     parameters: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
+    projection: Projection | None = None
     encoding: Literal["float32", "float16", "int8"] = "float16"
     store: bool = True
 

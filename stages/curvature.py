@@ -250,13 +250,10 @@ class Curvature:
 
     def _products(self, one: Callable[[Parameters], Parameters], together: int, vectors_TD: Tensor) -> Tensor:
         """Apply a linear map to each row, some at once."""
-
-        def flat(vector_D: Tensor) -> Tensor:
-            return self.function.flatten(one(self.function.unflatten(vector_D)))
-
         found_TD = torch.empty_like(vectors_TD)
         for rows, into in zip(torch.split(vectors_TD, together), torch.split(found_TD, together), strict=True):
-            into.copy_(vmap(flat)(rows) if len(rows) > 1 else flat(rows[0]))
+            tangents = self.function.unflatten(rows)
+            into.copy_(self.function.flatten(vmap(one)(tangents) if len(rows) > 1 else _single(one, tangents)))
         return found_TD
 
     def _linear(self, batch: Batch) -> Callable[[Parameters], Parameters]:
@@ -270,6 +267,11 @@ class Curvature:
         forward = _transposed(backward, torch.zeros_like(outputs))[1]
         inner = _transposed(grad(lambda o: function.task.losses(o, batch).sum()), outputs)[1]
         return lambda vector: backward(inner(forward(vector)))
+
+
+def _single(one: Callable[[Parameters], Parameters], tangents: Parameters) -> Parameters:
+    """Apply what takes one vector to the only one of a batch, without ``vmap``."""
+    return {name: found.unsqueeze(0) for name, found in one({n: t[0] for n, t in tangents.items()}).items()}
 
 
 def _transposed(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], Any]]:

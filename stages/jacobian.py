@@ -13,27 +13,34 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from stages.batch import split
+from stages.grad_z.hooks import formed
+from stages.grad_z.hooks import jacobian as by_hooks
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch
 
 
 def jacobian(function: ModelFunction, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each sample's Jacobian (B, K, D) and outputs (B, …), every sample computed as a batch of its own.
+    """Return each sample's Jacobian (B, K, D) and outputs (B, …).
+
+    By layer hooks where these project it before it is formed, otherwise every sample as a batch of its own.
 
     Raises:
         RuntimeError: the model does something that ``vmap`` cannot follow.
     """
+    if formed(function) < function.entries and (found := by_hooks(function, batch)) is not None:
+        return found
     tensors, join = split(batch)
 
-    def one(params: Parameters, *sample: Tensor) -> tuple[Tensor, Tensor]:
+    def one(params: Parameters, *sample: Tensor) -> tuple[Parameters, Tensor]:
         alone = join([tensor.unsqueeze(0) for tensor in sample])
         outputs, pullback = vjp(lambda p: function.outputs(p, alone), params)[:2]
         units = torch.eye(outputs.numel(), dtype=outputs.dtype, device=outputs.device)
         (rows,) = vmap(pullback)(units.reshape(-1, *outputs.shape))
-        return function.flatten(rows), outputs.squeeze(0)
+        return rows, outputs.squeeze(0)
 
-    rows_BKD, outputs = vmap(one, in_dims=(None, *(0 for _ in tensors)), randomness="error")(function.params, *tensors)
-    return rows_BKD.detach(), outputs.detach()
+    rows, outputs = vmap(one, in_dims=(None, *(0 for _ in tensors)), randomness="error")(function.params, *tensors)
+    with torch.no_grad():
+        return function.flatten(rows), outputs.detach()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Parameters: select them, flatten and unflatten them, and the model as a function of them.
 
-Shapes: ``D`` coordinates (all selected parameters, one after the other), ``B`` samples in a batch.
+Shapes: ``D`` coordinates (see :mod:`stages.coordinates`), ``B`` samples in a batch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import fnmatch
 import functools
-import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stages.coordinates import entries, projected
+from stages.projection import Projection
 from stages.stage import Batch, StageError
 
 Parameters = dict[str, Tensor]
@@ -110,19 +111,32 @@ class ModelFunction:
 
     Attributes:
         params: the selected parameters by name, detached, on the device.
-        size: D, the number of selected parameters' entries.
+        coordinates: of their gradients.
         dtype: of gradients and vectors, fit for all selected parameters.
         coarsest: the least precise dtype in the model.
     """
 
-    def __init__(self, model: nn.Module, task: TaskLike, globs: Sequence[str], device: torch.device) -> None:
-        """Select the parameters that match ``globs``; everything else of the model stays constant."""
+    def __init__(
+        self,
+        model: nn.Module,
+        task: TaskLike,
+        globs: Sequence[str],
+        device: torch.device,
+        projection: Projection | None = None,
+    ) -> None:
+        """Select the parameters that match ``globs``; everything else of the model stays constant.
+
+        Raises:
+            StageError: they cannot be selected, or not be projected so.
+        """
         chosen = select(model, globs)
         self.device = device
         self.task = task
         self.params: Parameters = {name: p.detach().to(device) for name, p in chosen.items()}
-        self.size = sum(p.numel() for p in self.params.values())
         self.dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.params.values()))
+        self.coordinates = entries(self.params)
+        if projection is not None:
+            self.coordinates = projected(projection, self.params, self.dtype, device)
         self._module = _Outputs(model, task)
         self._constant = {n: p.detach().to(device) for n, p in model.named_parameters() if n not in chosen}
         self._buffers = {name: b.detach().to(device) for name, b in model.named_buffers()}
@@ -148,34 +162,38 @@ class ModelFunction:
         """The caller's model."""
         return self._module.model
 
-    def columns(self) -> dict[str, slice]:
-        """Return the coordinates of each parameter."""
-        ends = itertools.accumulate(p.numel() for p in self.params.values())
-        return {n: slice(end - p.numel(), end) for end, (n, p) in zip(ends, self.params.items(), strict=True)}
+    @property
+    def size(self) -> int:
+        """D."""
+        return self.coordinates.size
+
+    @property
+    def entries(self) -> int:
+        """The number of entries of the selected parameters, which are D unless gradients are projected."""
+        return sum(p.numel() for p in self.params.values())
 
     def part(self, names: Collection[str]) -> ModelFunction:
         """Return the function of some of the selected parameters; the others stay constant."""
         part = copy.copy(self)
         part.params = {name: p for name, p in self.params.items() if name in names}
-        part.size = sum(p.numel() for p in part.params.values())
+        part.coordinates = self.coordinates.part(names)
         part._constant = {**self._constant, **{n: p for n, p in self.params.items() if n not in names}}
         return part
 
+    def unprojected(self) -> ModelFunction:
+        """Return the same function with the parameters' entries as coordinates."""
+        plain = copy.copy(self)
+        plain.coordinates = entries(self.params)
+        return plain
+
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Concatenate one tensor for each parameter; leading dimensions before the parameters' own stay."""
-        parts = []
-        for name, parameter in self.params.items():
-            lead = values[name].shape[: values[name].ndim - parameter.ndim]
-            parts.append(values[name].reshape(*lead, parameter.numel()).to(self.dtype))
-        return torch.cat(parts, dim=-1)
+        """Return the coordinates (…, D) of one tensor for each parameter, (…, *its shape)."""
+        return self.coordinates.project(values, self.dtype)
 
     def unflatten(self, vectors: Tensor) -> Parameters:
-        """Cut vectors (…, D) into one tensor for each parameter, (…, *its shape), of its dtype."""
-        pieces = torch.split(vectors, [p.numel() for p in self.params.values()], dim=-1)
-        return {
-            name: piece.reshape((*vectors.shape[:-1], *parameter.shape)).to(parameter.dtype)
-            for piece, (name, parameter) in zip(pieces, self.params.items(), strict=True)
-        }
+        """Return one tensor for each parameter, (…, *its shape), of its dtype, by the transpose of ``flatten``."""
+        found = self.coordinates.expand(vectors)
+        return {name: found[name].to(parameter.dtype) for name, parameter in self.params.items()}
 
     def l2(self) -> Tensor:
         """Return the weight of the quadratic penalty on each coordinate, (D,).
@@ -198,11 +216,16 @@ class ModelFunction:
         for glob in weights:
             if not fnmatch.filter(everything, glob):
                 raise StageError(f"l2: {glob!r} matches no parameter of the model; it has {', '.join(everything)}")
-        found = {}
-        for name, parameter in self.params.items():
-            value = next((w for glob, w in weights.items() if fnmatch.fnmatchcase(name, glob)), 0.0)
-            found[name] = torch.full(parameter.shape, value, dtype=self.dtype, device=self.device)
-        return self.flatten(found)
+        own = {n: next((w for g, w in weights.items() if fnmatch.fnmatchcase(n, g)), 0.0) for n in self.params}
+        if not self.coordinates.separate and len(set(own.values())) > 1:
+            raise StageError(
+                "l2 differs between parameters that are projected to the same coordinates: "
+                'give one l2 for all, or use projection = { kind = "kronecker", … }'
+            )
+        found_D = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for name, columns in self.coordinates.columns.items():
+            found_D[columns] = own[name]
+        return found_D
 
     @staticmethod
     def _each(values: Any, what: str) -> Tensor:

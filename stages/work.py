@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.batch import size
+from stages.grad_z.hooks import formed
 from stages.parameters import ModelFunction
 from stages.stage import Batch
 
@@ -30,6 +31,8 @@ class Work:
         samples: B.
         outputs: K; 0 where the outputs have not one entry for each sample.
         dim: D.
+        entries: of the parameters.
+        formed: entries of one gradient, or part of it, that are formed at once: D at least.
         backward: operations of a backward pass for one sample.
         widest: numbers in the largest array that a backward pass needs.
     """
@@ -37,6 +40,8 @@ class Work:
     samples: int
     outputs: int
     dim: int
+    entries: int
+    formed: int
     backward: float
     widest: int
 
@@ -56,7 +61,7 @@ class Work:
 
     def vectors_together(self, together: int) -> int:
         """How many vectors to multiply at once, where each needs arrays of its own for the whole batch."""
-        return max(1, together // max(self.dim, self.widest))
+        return max(1, together // max(self.entries, self.widest))
 
     def samples_together(self, together: int) -> int:
         """Of how many samples to have the Jacobian at once."""
@@ -65,7 +70,7 @@ class Work:
     @property
     def _one_jacobian(self) -> int:
         """Numbers in the largest array that one sample's Jacobian takes."""
-        return self.outputs * max(self.dim, self.widest // self.samples)
+        return self.outputs * max(self.formed, self.widest // self.samples)
 
 
 def together(dim: int, kind: str, memory_bytes: int, itemsize: int) -> int:
@@ -90,4 +95,5 @@ def count(function: ModelFunction, batch: Batch) -> Work:
     with FlopCounterMode(display=False) as counter:
         if outputs.requires_grad:
             torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
-    return Work(samples, per_sample, function.size, counter.get_total_flops() / samples, widest)
+    sizes = function.size, function.entries, formed(function)
+    return Work(samples, per_sample, *sizes, counter.get_total_flops() / samples, widest)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from stages.curvature import Curvature
 from stages.parameters import ModelFunction
+from stages.projection import Projection
 from stages.s_test.prepare import Prepare
 
 CPU = torch.device("cpu")
@@ -107,11 +108,12 @@ class Case:
     task: ClassTask
     data: Data
     globs: tuple[str, ...] = ("*",)
+    projection: Projection | None = None
 
     @property
     def function(self) -> ModelFunction:
         """What the package makes of it."""
-        return ModelFunction(self.model, self.task, self.globs, CPU)
+        return ModelFunction(self.model, self.task, self.globs, CPU, self.projection)
 
     def curvature(self, kind: str, batch_size: int = 5, memory_bytes: int = 2**30) -> Curvature:
         """What the package makes of its curvature."""

@@ -156,8 +156,8 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     how = "by vmap" if other is vmap.gradients else "one sample at a time"
     names = _followed(function, values, batch, expected_BD)
     rest = ", ".join(name for name in function.params if name not in names)
-    few = sum(function.params[name].numel() for name in names) < MOST * function.size
-    if few or (rest and other is vmap.gradients and function.size < SECOND_PASS):
+    few = sum(function.params[name].numel() for name in names) < MOST * function.entries
+    if few or (rest and other is vmap.gradients and function.entries < SECOND_PASS):
         log.info("gradients %s: layer hooks do not follow %s", how, rest)
         return other
     log.info("gradients by layer hooks%s", rest and f"; {how} for {rest}")
@@ -189,7 +189,7 @@ def _followed(function: ModelFunction, values: Values, batch: Batch, expected_BD
     # Relative to the largest entry of all, since a parameter's own gradient may be nothing but rounding.
     largest = float(torch.where(torch.isfinite(expected_BD), expected_BD, 0).abs().max())
     most = TOLERANCE.get(function.coarsest, 0.05)
-    columns = function.columns()
+    columns = function.coordinates.columns
 
     def agrees(name: str) -> bool:
         part = columns[name]

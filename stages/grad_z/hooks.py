@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from stages.batch import size
+from stages.coordinates import Entries, Kronecker, Map
 from stages.grad_z.layers import Layer, layer_of
 from stages.grad_z.technique import Technique, Values
 from stages.parameters import ModelFunction
@@ -86,9 +87,10 @@ class Hooks:
             fixed = {name: function.params[name] for name in self.names}
             part = function.part(rest)
             rows, _ = self.other(part, lambda params, batch: values({**fixed, **params}, batch), batch)
-            columns = function.columns()
-            for name, own in part.columns().items():
-                out_BD[:, columns[name]] = rows[:, own]
+            if not function.coordinates.separate:
+                return out_BD.add_(rows), results
+            for name, own in part.coordinates.columns.items():
+                out_BD[:, function.coordinates.columns[name]] = rows[:, own]
         return out_BD, results
 
 
@@ -166,7 +168,7 @@ def gradients(
     for call in seen.calls:
         if call.inputs._version != call.version:
             seen.unfit.update(call.owner.names.values())
-    out_BD = torch.empty(count, function.size, dtype=function.dtype, device=function.device)
+    out_BD = empty(function, count)
     with torch.no_grad():
         fill(
             out_BD,
@@ -177,22 +179,78 @@ def gradients(
     return out_BD, results.detach(), seen.unfit & names
 
 
+def jacobian(function: ModelFunction, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """Return each sample's Jacobian (B, K, D) and outputs (B, …), by a backward pass for each of their K entries.
+
+    None where hooks do not follow every parameter on this batch.
+    """
+    count, names = size(batch), frozenset(function.params)
+    owned = owners(function)
+    if frozenset().union(*(owner.names.values() for owner in owned)) != names:
+        return None
+    params = {n: p.detach().requires_grad_() for n, p in function.params.items()}
+    with torch.enable_grad(), recording(owned, count) as seen:
+        outputs = function.outputs(params, batch)
+        flat_BK = outputs.reshape(count, -1)
+    if seen.unfit or not outputs.requires_grad or any(c.inputs._version != c.version for c in seen.calls):
+        return None
+    rows = []
+    for entry in range(flat_BK.shape[1]):
+        grads = torch.autograd.grad(
+            flat_BK[:, entry].sum(), [call.edge for call in seen.calls], allow_unused=True, retain_graph=True
+        )
+        rows.append(empty(function, count))
+        with torch.no_grad():
+            fill(rows[-1], function, [(c, g) for c, g in zip(seen.calls, grads, strict=True) if g is not None], names)
+    return torch.stack(rows, 1), outputs.detach()
+
+
+def formed(function: ModelFunction) -> int:
+    """Return how many entries of one gradient are formed at once on the way to its coordinates."""
+    known = {name: owner.layer for owner in owners(function) for name in owner.names.values()}
+    maps = function.coordinates.maps
+    if any(name not in known for name in maps):
+        return function.entries
+    never = {name for name, one in maps.items() if isinstance(one, Kronecker) and known[name].factors is not None}
+    return max(function.size, *(function.params[name].numel() for name in maps if name not in never), 0)
+
+
+def empty(function: ModelFunction, count: int) -> Tensor:
+    """Return room for the gradients of a batch, (B, D); zeros where several parameters are summed."""
+    make = torch.empty if function.coordinates.separate else torch.zeros
+    return make(count, function.size, dtype=function.dtype, device=function.device)
+
+
 def fill(out_BD: Tensor, function: ModelFunction, calls: list[tuple[Call, Tensor]], names: frozenset[str]) -> None:
     """Write the gradients of parameters into their columns, summed over all calls; zero where there was none."""
-    columns = function.columns()
+    columns, maps, separate = function.coordinates.columns, function.coordinates.maps, function.coordinates.separate
     written: set[str] = set()
     for call, grads in calls:
         inputs = call.inputs.to(grads.dtype) if call.inputs.is_floating_point() else call.inputs
         for own, name in call.owner.names.items():
             if name not in names:
                 continue
-            target = out_BD[:, columns[name]].view(len(out_BD), *function.params[name].shape)
-            if name not in written and target.dtype == grads.dtype:
-                call.owner.layer.write(call.owner.module, own, inputs, grads, target)
+            target = out_BD[:, columns[name]]
+            first = name not in written and separate
+            shape = (len(out_BD), *function.params[name].shape)
+            if first and isinstance(maps[name], Entries) and target.dtype == grads.dtype:
+                call.owner.layer.write(call.owner.module, own, inputs, grads, target.view(shape))
             else:
-                part = torch.empty(target.shape, dtype=grads.dtype, device=target.device)
-                call.owner.layer.write(call.owner.module, own, inputs, grads, part)
-                target.copy_(part) if name not in written else target.add_(part)
+                part = _coordinates(call, own, inputs, grads, shape, maps[name])
+                target.copy_(part) if first else target.add_(part)
             written.add(name)
-    for name in names - written:
-        out_BD[:, columns[name]] = 0
+    if separate:
+        for name in names - written:
+            out_BD[:, columns[name]] = 0
+
+
+def _coordinates(call: Call, own: str, inputs: Tensor, grads: Tensor, shape: tuple[int, ...], one: Map) -> Tensor:
+    """Return the coordinates of one parameter's gradients in one call, (B, size)."""
+    factors = call.owner.layer.factors
+    if isinstance(one, Kronecker) and own == "weight" and factors is not None:
+        found = factors(call.owner.module, inputs, grads, one)
+        if found is not None:
+            return torch.bmm(*found).flatten(1)
+    part = torch.empty(shape, dtype=grads.dtype, device=grads.device)
+    call.owner.layer.write(call.owner.module, own, inputs, grads, part)
+    return one.project(part)

@@ -6,7 +6,8 @@ over the patches that its kernel sees (Rochette et al., 2019, "Efficient per-exa
 convolutional neural networks").
 
 Shapes: ``B`` samples, ``P`` positions of one sample, ``I`` entries that go into a layer at a position (for a
-convolution, the patch of one group), ``O`` that come out, ``C`` channels, ``G`` groups, ``V`` entries of an embedding.
+convolution, the patch of one group), ``O`` that come out, ``C`` channels, ``G`` groups, ``V`` entries of an embedding;
+``r`` rows and ``c`` columns of a projected weight, ``Q`` products that are summed for it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stages.coordinates import Kronecker
+
 PATCH_BYTES = 2 * 2**20
 """Patches of a convolution that are laid out at once: few enough for the cache, measured best at 1 to 4 MiB."""
 
 Write = Callable[[Any, str, Tensor, Tensor, Tensor], None]
 """``(module, parameter's name in it, inputs, output gradients, out)`` fills ``out`` (B, *the parameter's shape)."""
+
+
+Factors = Callable[[Any, Tensor, Tensor, Kronecker], tuple[Tensor, Tensor] | None]
+"""``(module, inputs, output gradients, map)`` gives the factors (B, r, Q) and (B, Q, c) whose product is A G Bᵀ for the
+weight's gradient G, projected before they meet; None where they have no such form."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,13 @@ class Layer:
         write: fills one parameter's gradients.
         sample_dims: dimensions of one sample's inputs, at least.
         usable: says whether a module's options are among those that ``write`` knows.
+        factors: projects the weight's gradients before they are formed.
     """
 
     write: Write
     sample_dims: Callable[[Any], int]
     usable: Callable[[Any], bool] = lambda module: True
+    factors: Factors | None = None
 
     def takes(self, module: nn.Module, inputs: object, count: int) -> bool:
         """Say whether the inputs of one call are ``count`` samples, with the batch first."""
@@ -70,6 +80,17 @@ def write_linear(module: nn.Linear, name: str, inputs: Tensor, grads: Tensor, ou
         torch.bmm(grads_BPO.transpose(1, 2), inputs_BPI, out=out)
 
 
+def linear_factors(module: nn.Linear, inputs: Tensor, grads: Tensor, one: Kronecker) -> tuple[Tensor, Tensor]:
+    """Project output gradients and inputs at every position."""
+    rows_BPr = projected(grads.reshape(len(grads), -1, grads.shape[-1]), one.left)
+    return rows_BPr.transpose(1, 2), projected(inputs.reshape(len(inputs), -1, inputs.shape[-1]), one.right)
+
+
+def projected(values: Tensor, side: Tensor | None) -> Tensor:
+    """Project the last dimension, to (…, r); None where it stays."""
+    return values if side is None else values @ side.to(values.dtype).T
+
+
 def write_convolution(module: Any, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
     """Fill a gradient of a convolution: that of a linear layer over the patches under its kernel, group by group.
 
@@ -94,11 +115,36 @@ def write_convolution(module: Any, name: str, inputs: Tensor, grads: Tensor, out
         out_BGOI[part] = products_GIO.view(-1, groups, *products_GIO.shape[1:]).transpose(2, 3)
 
 
-def patches(module: Any, inputs: Tensor) -> Tensor:
-    """Return what a convolution's kernel sees, (B, C, *kernel, *positions), as a view of the padded inputs."""
+def convolution_factors(module: Any, inputs: Tensor, grads: Tensor, one: Kronecker) -> tuple[Tensor, Tensor] | None:
+    """Project the patches by a convolution whose kernels are the rows of B, so that they are never laid out."""
+    groups, count = module.groups, len(grads)
+    if one.right is None or (one.left is None and groups > 1):
+        return None
+    dims, width = len(module.kernel_size), len(one.right)
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
+    kernels = one.right.to(inputs.dtype).reshape(width, -1, *module.kernel_size)
+    seen = convolve(
+        padded(module, inputs), kernels.repeat(groups, *(1 for _ in kernels.shape[1:])),
+        stride=module.stride, dilation=module.dilation, groups=groups,
+    )  # fmt: skip
+    seen_BQc = seen.reshape(count, groups, width, -1).permute(0, 1, 3, 2).reshape(count, -1, width)
+    grads_BGOP = grads.reshape(count, groups, module.out_channels // groups, -1)
+    if one.left is None:
+        return grads_BGOP.squeeze(1), seen_BQc
+    left_rGO = one.left.to(grads.dtype).reshape(len(one.left), groups, -1)
+    return torch.einsum("rgo,bgop->brgp", left_rGO, grads_BGOP).flatten(2), seen_BQc
+
+
+def padded(module: Any, inputs: Tensor) -> Tensor:
+    """Return a convolution's inputs with its padding around them."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padding = padded_by(module)
-    view = functional.pad(inputs, padding, mode) if any(padding) else inputs
+    return functional.pad(inputs, padding, mode) if any(padding) else inputs
+
+
+def patches(module: Any, inputs: Tensor) -> Tensor:
+    """Return what a convolution's kernel sees, (B, C, *kernel, *positions), as a view of the padded inputs."""
+    view = padded(module, inputs)
     dims = len(module.kernel_size)
     for dim, (size, stride, dilation) in enumerate(
         zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
@@ -124,6 +170,20 @@ def write_embedding(module: nn.Embedding, name: str, inputs: Tensor, grads: Tens
     if module.padding_idx is not None:
         grads_BPO = grads_BPO.masked_fill((index_BP == module.padding_idx).unsqueeze(2), 0)
     out.zero_().scatter_add_(1, index_BP.unsqueeze(2).expand_as(grads_BPO), grads_BPO)
+
+
+def embedding_factors(
+    module: nn.Embedding, inputs: Tensor, grads: Tensor, one: Kronecker
+) -> tuple[Tensor, Tensor] | None:
+    """Take the columns of A that belong to the rows that were looked up."""
+    if one.left is None:
+        return None
+    index_BP = inputs.reshape(len(inputs), -1)
+    grads_BPO = grads.reshape(*index_BP.shape, -1)
+    if module.padding_idx is not None:
+        grads_BPO = grads_BPO.masked_fill((index_BP == module.padding_idx).unsqueeze(2), 0)
+    rows_BrP = one.left.to(grads.dtype)[:, index_BP].transpose(0, 1)
+    return rows_BrP, projected(grads_BPO, one.right)
 
 
 def write_layer_norm(module: Any, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
@@ -158,14 +218,14 @@ def has_running_statistics(module: Any) -> bool:
     return module.running_mean is not None and not module.training
 
 
-_convolution = Layer(write_convolution, lambda module: 1 + len(module.kernel_size))
+_convolution = Layer(write_convolution, lambda module: 1 + len(module.kernel_size), factors=convolution_factors)
 _batch_norm = Layer(write_batch_norm, lambda module: 1, has_running_statistics)
 LAYERS: dict[type[nn.Module], Layer] = {
-    nn.Linear: Layer(write_linear, lambda module: 1),
+    nn.Linear: Layer(write_linear, lambda module: 1, factors=linear_factors),
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
     nn.Conv3d: _convolution,
-    nn.Embedding: Layer(write_embedding, lambda module: 0, has_plain_rows),
+    nn.Embedding: Layer(write_embedding, lambda module: 0, has_plain_rows, embedding_factors),
     nn.LayerNorm: Layer(write_layer_norm, lambda module: len(module.normalized_shape)),
     nn.GroupNorm: Layer(write_group_norm, lambda module: 1),
     nn.BatchNorm1d: _batch_norm,

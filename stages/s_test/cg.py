@@ -9,10 +9,9 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from stages.numbers import Count, Fraction
 from stages.s_test.solver import (
-    Count,
     CurvatureSolver,
-    Fraction,
     Prepared,
     Sample,
     Solution,

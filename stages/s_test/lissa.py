@@ -22,12 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from stages.numbers import Count, Fraction, Positive
 from stages.s_test.solver import (
-    Count,
     CurvatureSolver,
-    Fraction,
     NotPositiveDefinite,
-    Positive,
     Prepared,
     Solution,
     Solve,

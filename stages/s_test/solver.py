@@ -14,43 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from stages.numbers import Count, Number, Positive, Whole
 from stages.stage import Array, ArrayLike, Report, StageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.curvature import Curvature, Kind, Product
-
-
-def no_switch(value: Any) -> Any:
-    """Refuse true and false, which count as 1 and 0 elsewhere.
-
-    Raises:
-        ValueError: the value is one of them.
-    """
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
-
-
-def no_text(value: Any) -> Any:
-    """Refuse what is no number but would be read as one: true, false and texts.
-
-    Raises:
-        ValueError: the value is one of them.
-    """
-    if isinstance(value, (str, bytes)):
-        raise ValueError("must be a number, without quotes")
-    return no_switch(value)
-
-
-Whole = Annotated[int, BeforeValidator(no_text), Field(ge=0, le=2**53)]
-Count = Annotated[int, BeforeValidator(no_text), Field(gt=0, le=2**53)]
-Number = Annotated[float, BeforeValidator(no_text), Field(allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
-Fraction = Annotated[Positive, Field(lt=1)]
 
 
 class RelativeDamping(BaseModel):

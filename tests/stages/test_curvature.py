@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,9 +68,9 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     vmap = curvature_module.vmap
 
     def watched(function: Any) -> Any:
-        def mapped(rows: Tensor) -> Any:
-            seen.append(len(rows))
-            return vmap(function)(rows)
+        def mapped(tangents: Any) -> Any:
+            seen.append(len(next(iter(tangents.values()))))
+            return vmap(function)(tangents)
 
         return mapped
 
@@ -190,20 +191,20 @@ def test_a_jacobian_that_is_wrong_is_not_used(
     assert "without the Jacobian" in caplog.text
 
 
-CONVOLUTIONS = Work(samples=32, outputs=10, dim=42_026, backward=3.0e6, widest=401_408)
+CONVOLUTIONS = Work(samples=32, outputs=10, dim=42_026, entries=42_026, formed=42_026, backward=3.0e6, widest=401_408)
 
 
 def test_the_jacobian_pays_for_convolutions_and_many_vectors_only() -> None:
     assert CONVOLUTIONS.jacobian_pays(64, 2**22)
     assert not CONVOLUTIONS.jacobian_pays(1, 2**22)
-    linear = Work(samples=32, outputs=10, dim=39_760, backward=8.0e4, widest=25_088)
+    linear = Work(samples=32, outputs=10, dim=39_760, entries=39_760, formed=39_760, backward=8.0e4, widest=25_088)
     assert not linear.jacobian_pays(64, 2**22)
-    assert not Work(samples=32, outputs=0, dim=10, backward=1e9, widest=1).jacobian_pays(64, 2**22)
+    assert not replace(CONVOLUTIONS, outputs=0).jacobian_pays(64, 2**22)
 
 
 def test_a_jacobian_is_of_no_more_samples_than_fit_and_not_larger_than_the_vectors() -> None:
     assert CONVOLUTIONS.samples_together(2**22) == 2**22 // 420_260
-    wide = Work(samples=32, outputs=10, dim=650, backward=3.0e6, widest=401_408)
+    wide = Work(samples=32, outputs=10, dim=650, entries=650, formed=650, backward=3.0e6, widest=401_408)
     assert wide.samples_together(2**22) == 2**22 // 125_440, "what makes it is larger than the Jacobian"
     assert wide.samples_together(1) == wide.vectors_together(1) == 1
     assert CONVOLUTIONS.vectors_together(2**22) == 10
