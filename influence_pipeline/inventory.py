@@ -134,12 +134,15 @@ def _receipts(group: Group) -> list[str]:
         value = float(group.array(name).filled(())) if name in group else math.nan
         if math.isfinite(value):
             lines.append(f"{about}: {value:.3g}")
-    if "fidelity" in group:
-        spearman, same = group.array("fidelity").filled(...)[0]
-        if math.isfinite(spearman):
-            encoding = group.attributes["identity"]["encoding"]
-            found = f"Spearman {spearman:.6f}, {same:.1%} of the top 100 the same"
-            lines.append(f"products of gradients, {encoding} against exact: {found}")
+    for name, become in (
+        ("projection_fidelity", "projected"),
+        ("fidelity", group.attributes["identity"].get("encoding")),
+    ):
+        if name in group:
+            spearman, same = group.array(name).filled(...)[0]
+            if math.isfinite(spearman):
+                found = f"Spearman {spearman:.6f}, {same:.1%} of the top 100 the same"
+                lines.append(f"products of gradients, {become} against exact: {found}")
     if "residual" in group:
         residual, iterations, damping = (
             group.array(name).filled(...) for name in ("residual", "iterations", "damping")

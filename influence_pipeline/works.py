@@ -362,7 +362,7 @@ class Works:
         rows = self.band(self.grad_z_place(), "sample", plan.block_rows(context.dim))
         return GradZ(
             *(context.function, context.train, rows, encoding, context.gradient_batch),
-            functools.partial(round_trip, encoding=encoding),
+            functools.partial(round_trip, encoding=encoding) if self.settings.grad_z.store else None,
         )
 
     def _curvature(self) -> Work:

@@ -22,8 +22,6 @@ from torch import Tensor
 from stages.projection import Projection, as_matrix, consecutive
 from stages.stage import StageError
 
-NONZEROS = 4
-"""Entries in each column of a sparse projection."""
 TILE = 2**22
 """Random numbers that are made at once."""
 
@@ -103,23 +101,22 @@ class Random:
         shape: the parameter's.
         size: D.
         key: of the random numbers, the parameter's own.
-        nonzeros: entries in each column, ±1/√nonzeros; all of them, ±1/√D, where it is 0.
+        sparse: each column has one entry, ±1, at a random row; otherwise all entries are ±1/√D.
     """
 
     shape: tuple[int, ...]
     size: int
     key: int
-    nonzeros: int
+    sparse: bool
 
     def project(self, values: Tensor) -> Tensor:
         """(…, *shape) -> (…, D)."""
         flat_nP = values.reshape(-1, math.prod(self.shape))
         total_Dn = torch.zeros(self.size, len(flat_nP), dtype=values.dtype, device=values.device)
         for part, tile in self._tiles(values):
-            if self.nonzeros:
+            if self.sparse:
                 rows, signs = tile
-                for at, sign in zip(rows, signs, strict=True):
-                    total_Dn.index_add_(0, at, (flat_nP[:, part] * sign).T)
+                total_Dn.index_add_(0, rows, (flat_nP[:, part] * signs).T)
             else:
                 total_Dn.addmm_(tile[0], flat_nP[:, part].T)
         return total_Dn.T.reshape(*_lead(values, self.shape), self.size)
@@ -129,29 +126,25 @@ class Random:
         flat_nD = vectors.reshape(-1, self.size)
         found_nP = torch.empty(len(flat_nD), math.prod(self.shape), dtype=vectors.dtype, device=vectors.device)
         for part, tile in self._tiles(vectors):
-            if self.nonzeros:
+            if self.sparse:
                 rows, signs = tile
-                pairs = zip(rows, signs, strict=True)
-                found_nP[:, part] = sum(flat_nD[:, at] * sign for at, sign in pairs)
+                found_nP[:, part] = flat_nD[:, rows] * signs
             else:
                 torch.mm(flat_nD, tile[0], out=found_nP[:, part])
         return found_nP.reshape(*vectors.shape[:-1], *self.shape)
 
     def _tiles(self, like: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-        """Yield some columns, and of these the rows and signs of the nonzeros (nonzeros, n), or all entries (D, n)."""
-        step = max(1, TILE // (self.nonzeros or self.size))
+        """Yield some columns, and of these the rows and signs (n,) of the only entries, or all entries (D, n)."""
+        step = max(1, TILE // (1 if self.sparse else self.size))
         numbers = np.random.Philox(self.key)
         for start in range(0, math.prod(self.shape), step):
             part = slice(start, min(start + step, math.prod(self.shape)))
             count = part.stop - part.start
-            if self.nonzeros:
-                # Each nonzero has a band of rows of its own, so that no two of a column meet.
-                raw = np.asarray(numbers.random_raw(self.nonzeros * count)).reshape(self.nonzeros, count)
-                ends = np.arange(self.nonzeros + 1, dtype=np.uint64) * np.uint64(self.size) // np.uint64(self.nonzeros)
-                rows = ends[:-1, None] + (raw >> np.uint64(1)) % np.diff(ends)[:, None]
+            if self.sparse:
+                raw = np.asarray(numbers.random_raw(count))
+                rows = ((raw >> np.uint64(1)) % np.uint64(self.size)).astype(np.int64)
                 signs = (raw & np.uint64(1)).astype(np.float32) * 2 - 1
-                tile = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(signs / math.sqrt(self.nonzeros))
-                yield part, (tile[0].to(like.device), tile[1].to(like))
+                yield part, (torch.from_numpy(rows).to(like.device), torch.from_numpy(signs).to(like))
             else:
                 octets = np.asarray(numbers.random_raw(math.ceil(self.size * count / 64))).view(np.uint8)
                 bits = torch.from_numpy(np.unpackbits(octets, count=self.size * count).reshape(self.size, count))
@@ -225,8 +218,7 @@ def projected(
             left, right = (_side(*side, key + i, dtype, device) for i, side in enumerate(sides))
             maps[name] = Entries(shape) if left is None and right is None else Kronecker(shape, left, right)
         else:
-            nonzeros = min(NONZEROS, projection.dim) if projection.kind == "sparse" else 0
-            maps[name] = Random(shape, projection.dim, key, nonzeros)
+            maps[name] = Random(shape, projection.dim, key, projection.kind == "sparse")
     return Coordinates(maps, projection.columns(shapes), projection.separate)
 
 

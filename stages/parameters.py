@@ -180,6 +180,11 @@ class ModelFunction:
         part._constant = {**self._constant, **{n: p for n, p in self.params.items() if n not in names}}
         return part
 
+    @property
+    def projected(self) -> bool:
+        """Whether coordinates are not the entries."""
+        return self.size < self.entries
+
     def unprojected(self) -> ModelFunction:
         """Return the same function with the parameters' entries as coordinates."""
         plain = copy.copy(self)

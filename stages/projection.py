@@ -25,8 +25,8 @@ class Projection(BaseModel):
 
     Attributes:
         kind: "kronecker" projects each parameter by itself, as a matrix from both sides, for known layers before
-            its gradient is ever formed (Choe et al., 2024, "What is your data worth to GPT?"); "sparse" has few
-            entries in each column of Φ (Kane & Nelson, 2014); "dense" has a random sign everywhere (Achlioptas, 2003).
+            its gradient is ever formed (Choe et al., 2024, "What is your data worth to GPT?"); "sparse" has one
+            entry in each column of Φ (Charikar et al., 2002); "dense" has a random sign everywhere (Achlioptas, 2003).
         dim: D; "kronecker" keeps nearly as many.
         seed: of Φ.
     """
@@ -89,14 +89,18 @@ def _all_of(shapes: Mapping[str, tuple[int, ...]], dim: int) -> dict[str, slice]
 
 
 def _shares(entries: Mapping[str, int], dim: int) -> dict[str, int]:
-    """Share ``dim`` coordinates in proportion to the root of the entries; nobody gets more than it has, or none."""
+    """Share ``dim`` coordinates in proportion to the fourth root of the entries; nobody gets more than it has, or none.
+
+    Measured best of powers from 0 to 1 on a small CNN and a residual network: last layers have few entries and much of
+    the gradient.
+    """
     shares: dict[str, int] = {}
     left = dict(entries)
     while left:
-        one = (dim - sum(shares.values())) / sum(math.sqrt(n) for n in left.values())
-        filled = {name: n for name, n in left.items() if n <= max(1, one * math.sqrt(n))}
+        one = (dim - sum(shares.values())) / sum(n**0.25 for n in left.values())
+        filled = {name: n for name, n in left.items() if n <= max(1, one * n**0.25)}
         if not filled:
-            return shares | {name: max(1, int(one * math.sqrt(n))) for name, n in left.items()}
+            return shares | {name: max(1, int(one * n**0.25)) for name, n in left.items()}
         shares |= filled
         left = {name: n for name, n in left.items() if name not in filled}
     return shares

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stages.batch import size
 from stages.grad_z.choose import check_neighbours, choose, naming
-from stages.grad_z.fidelity import Fidelity, RoundTrip
+from stages.grad_z.fidelity import OfEncoding, OfProjection, RoundTrip
 from stages.grad_z.technique import Technique, Values
 from stages.parameters import ModelFunction
 from stages.stage import (
@@ -37,6 +37,10 @@ from stages.transfer import on_host
 
 PROBES = 8
 """Samples on which techniques and neighbours are compared before the first block."""
+FIDELITY = (
+    "Spearman's correlation with exact products, and the share of the top 100 that is the same, in the first block "
+    "(NaN elsewhere): of products of gradients"
+)
 
 
 class Rows(NamedTuple):
@@ -150,7 +154,7 @@ class GradZ(Stage):
         block_rows: int,
         encoding: str,
         batch_size: int,
-        round_trip: RoundTrip,
+        round_trip: RoundTrip | None,
     ) -> None:
         """Lay out the gradients of ``samples``.
 
@@ -160,7 +164,8 @@ class GradZ(Stage):
             block_rows: samples of a block.
             encoding: how gradients are kept.
             batch_size: samples on the device at once.
-            round_trip: gives gradients as they come back from where they are kept.
+            round_trip: gives gradients as they come back from where they are kept; None where they are not, and
+                nothing is measured of what that loses.
         """
         self.per_sample = PerSample(function, function.losses, samples, batch_size)
         self._round_trip = round_trip
@@ -177,14 +182,12 @@ class GradZ(Stage):
             ArraySpec("norm", ("sample",), (count,), about="Euclidean norm of each gradient"),
             ArraySpec("loss", ("sample",), (count,), about="training loss of each sample"),
             ArraySpec("label", ("sample",), (count,), "float64", about="label of each sample, NaN where it has none"),
-            ArraySpec(
-                "fidelity",
-                ("sample_block", "figure"),
-                (self.grid.shape[0], 2),
-                about="of products with gradients as they are kept: Spearman's correlation with those of the exact "
-                "ones, and the share of the top 100 that is the same; of the first block, NaN elsewhere",
-            ),
         )
+        of_figures = ("sample_block", "figure"), (self.grid.shape[0], 2)
+        if round_trip is not None:
+            self.arrays += (ArraySpec("fidelity", *of_figures, about=f"{FIDELITY} as they are kept"),)
+        if round_trip is not None and function.projected:
+            self.arrays += (ArraySpec("projection_fidelity", *of_figures, about=f"{FIDELITY} as they are projected"),)
 
     def prepare(self, report: Report = silent) -> None:
         """Check model and data, and choose the technique."""
@@ -200,20 +203,26 @@ class GradZ(Stage):
     def parts(self, block: Block, report: Report = silent) -> Iterator[dict[str, Array]]:
         """Compute the gradients of one band of samples, a batch at a time."""
         ids, done = block.ids("sample"), 0
-        fidelity = Fidelity(self._round_trip) if ids.start == 0 else None
+        function, figures = self.per_sample.function, {spec.name for spec in self.arrays if "figure" in spec.dims}
+        kept = OfEncoding(self._round_trip) if self._round_trip and ids.start == 0 else None
+        projection = OfProjection(function) if "projection_fidelity" in figures and ids.start == 0 else None
         for found, copy in on_host(self.per_sample.rows(ids), lambda rows: rows.grads):
             count, gradients = len(copy), copy.numpy()
             done += count
-            if fidelity is not None:
-                fidelity.add(gradients)
+            if kept is not None:
+                kept.take(gradients)
+            if projection is not None:
+                projection.take(found.batch, found.grads)
             yield {
                 "gradients": gradients,
                 "norm": found.norms.cpu().numpy().astype(np.float32),
                 "loss": found.values.to("cpu", torch.float32).numpy(),
-                "label": labels(self.per_sample.function, found.batch, count),
+                "label": labels(function, found.batch, count),
             }
             report(Progress(done, len(ids), "gradients"))
-        yield {"fidelity": (np.full(2, np.nan, np.float32) if fidelity is None else fidelity.figures())[None]}
+        measured = {"fidelity": kept, "projection_fidelity": projection}
+        unknown = np.full((1, 2), np.nan, np.float32)
+        yield {name: unknown if (of := measured[name]) is None else of.figures()[None] for name in figures}
 
 
 def labels(function: ModelFunction, batch: Batch, count: int) -> Array:

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from influence_pipeline.cache.encoding import round_trip
-from stages.grad_z.fidelity import Fidelity, spearman
+from stages.grad_z.fidelity import OfEncoding, spearman
 from stages.stage import Array
 
 
@@ -41,22 +41,22 @@ def test_figures_are_those_of_whole_products_however_rows_come() -> None:
         np.mean([len({*np.argsort(-a)[:30]} & {*np.argsort(-b)[:30]}) / 30 for a, b in pairs]),
     ]
     assert expected[0] < 0.9999
-    fidelity = Fidelity(coarse)
+    fidelity = OfEncoding(coarse)
     for start in range(0, 300, 64):
-        fidelity.add(rows[start : start + 64])
+        fidelity.take(rows[start : start + 64])
     np.testing.assert_allclose(fidelity.figures(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("encoding", "least"), [("float32", 1.0), ("float16", 0.99999), ("int8", 0.999)])
 def test_encodings_keep_the_order_of_scores(encoding: str, least: float) -> None:
-    fidelity = Fidelity(lambda rows: round_trip(rows, encoding))
-    fidelity.add(gradients())
+    fidelity = OfEncoding(lambda rows: round_trip(rows, encoding))
+    fidelity.take(gradients())
     found, same = fidelity.figures()
     assert found >= least
     assert same > 0.97
 
 
 def test_few_gradients_tell_nothing() -> None:
-    fidelity = Fidelity(lambda rows: rows)
-    fidelity.add(gradients(9))
+    fidelity = OfEncoding(lambda rows: rows)
+    fidelity.take(gradients(9))
     assert np.isnan(fidelity.figures()).all()
