@@ -372,8 +372,8 @@ class Works:
         assert place is not None
         rows = plan.block_rows(context.dim, plan.MOST_TESTS)
         band = self.band(place, "coordinate", rows) if solver.dense else rows
-        stage = Prepare(solver, context.curvature(count), band)
-        vectors = stage.grid.axes[0].band if solver.dense else plan.PROBE_VECTORS
+        stage = Prepare(solver, context.curvature(count), band, self._parts(place, count))
+        products = context.dim if solver.dense else solver.sum_sizes(context.dim).get("probe_sum", 0)
 
         def before() -> None:
             self.check_code()
@@ -386,9 +386,16 @@ class Works:
             whole=(context.train, count),
             before=before,
             computing=context.evaluating,
-            memory_bytes=stage.held_bytes(vectors),
-            passes=f"{context.dim if solver.dense else plan.PROBE_VECTORS} products with H",
+            memory_bytes=stage.held_bytes,
+            passes="the mean gradient" + (f" and {products} products with H" if products else ""),
         )
+
+    def _parts(self, place: Place, count: int) -> int:
+        """Return into how many parts so many training samples are cut: as in the group where it is of as many."""
+        group = self.find(place)
+        if group is not None and DIGESTS in group and group.array(DIGESTS).shape[0] == count:
+            return group.layout.grid.axes[0].length
+        return plan.parts(count, self.context.dim)
 
     def _s_test(self, tests: str) -> Work:
         context, solver = self.context, self.settings.s_test

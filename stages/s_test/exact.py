@@ -31,7 +31,7 @@ class Exact(CurvatureSolver):
         """Return the distance from an optimum, and the mean eigenvalue, which the diagonal gives for nothing."""
         return ("gradient_norm", "mean_eigenvalue")
 
-    def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
+    def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared) -> float:
         return float(np.trace(prepared["matrix"][:])) / curvature.dim
 
     def fixed_bytes(self, curvature: Curvature) -> int:

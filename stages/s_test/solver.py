@@ -9,7 +9,7 @@ Shapes: ``T`` test samples, ``D`` coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -67,6 +67,8 @@ Damping = Annotated[
     Discriminator(lambda value: "table" if isinstance(value, (Mapping, RelativeDamping)) else "absolute"),
 ]
 Prepared = Mapping[str, ArrayLike]
+PROBES = 32
+"""Random vectors by which the mean eigenvalue of H is estimated."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,22 @@ class Solver(BaseModel):
         """Return the names of the numbers that :meth:`summary` finds."""
         return ()
 
+    def sum_sizes(self, dim: int) -> dict[str, int]:
+        """Return how many numbers there are of each of the :meth:`sums`, by name."""
+        return {}
+
+    def sums(self, curvature: Curvature, ids: Sequence[int], report: Report) -> dict[str, Array]:
+        """Sum over some training samples what :meth:`summary` takes the sum of over all, (n,) each, float64."""
+        return {}
+
     def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
-        """Find once what all test samples share; ``prepared`` has the matrix where the solver is dense."""
+        """Find once what all test samples share.
+
+        Args:
+            curvature: over the training set.
+            prepared: the sums over all of that, and the matrix where the solver is dense.
+            report: of progress.
+        """
         return {}
 
     def fixed_bytes(self, curvature: Curvature) -> int:
@@ -167,21 +183,41 @@ class CurvatureSolver(Solver):
         """Return the distance from an optimum, and the mean eigenvalue where λ is relative to it."""
         return ("gradient_norm", "mean_eigenvalue") if isinstance(self.damping, RelativeDamping) else ("gradient_norm",)
 
+    def sum_sizes(self, dim: int) -> dict[str, int]:
+        """Return the sizes of the gradient, and of the quadratic forms of probes where the matrix is not there."""
+        sizes = {"gradient_sum": dim}
+        if "mean_eigenvalue" in self.summary_names() and not self.dense:
+            sizes["probe_sum"] = PROBES
+        return sizes
+
+    def sums(self, curvature: Curvature, ids: Sequence[int], report: Report) -> dict[str, Array]:
+        """Sum gradients and, where they are wanted, quadratic forms of probes."""
+        from stages.curvature import random_signs
+
+        found = {"gradient_sum": curvature.gradient_sum(ids, report)}
+        if "probe_sum" in self.sum_sizes(curvature.dim):
+            signs = random_signs(PROBES, curvature.dim, curvature.l2, self.seed)
+            found["probe_sum"] = curvature.forms(signs, ids, report)
+        return {name: value.cpu().numpy() for name, value in found.items()}
+
     def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
         """Measure |ḡ + l2·θ|, and estimate the mean eigenvalue where λ is relative to it."""
-        found = {"gradient_norm": np.float64(curvature.gradient(report).norm())}
+        import torch
+
+        gradient = curvature.gradient(torch.from_numpy(prepared["gradient_sum"][:]).to(curvature.function.device))
+        found = {"gradient_norm": float(gradient.norm())}
         if "mean_eigenvalue" in self.summary_names():
-            found["mean_eigenvalue"] = np.float64(self._mean_eigenvalue(curvature, prepared, report))
+            found["mean_eigenvalue"] = self._mean_eigenvalue(curvature, prepared)
         return {name: np.asarray(value) for name, value in found.items()}
 
     def fixed_bytes(self, curvature: Curvature) -> int:
         """Return what products with H take."""
         return curvature.product_bytes
 
-    def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
-        from stages.curvature import mean_eigenvalue
+    def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared) -> float:
+        import torch
 
-        return mean_eigenvalue(lambda v: curvature.product(v, report=report), curvature.dim, curvature.l2, self.seed)
+        return curvature.mean_eigenvalue(torch.from_numpy(prepared["probe_sum"][:]))
 
     def resolved(self, prepared: Prepared) -> float:
         """Return λ.
