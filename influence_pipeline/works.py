@@ -374,17 +374,13 @@ class Works:
         band = self.band(place, "coordinate", rows) if solver.dense else rows
         stage = Prepare(solver, context.curvature(count), band, self._parts(place, count))
         products = context.dim if solver.dense else solver.sum_sizes(context.dim).get("probe_sum", 0)
-
-        def before() -> None:
-            self.check_code()
-            context.train.keep()
-
         return Work(
             stage,
             "curvature",
             unit="rows of H" if solver.dense else "parts",
             whole=(context.train, count),
-            before=before,
+            before=self.check_code,
+            holds=context.train,
             computing=context.evaluating,
             memory_bytes=stage.held_bytes,
             passes="the mean gradient" + (f" and {products} products with H" if products else ""),
@@ -416,8 +412,6 @@ class Works:
             _check_fixed(data)
             self.check_code()
             self.check_measurement(tests)
-            if solver.preparation() is not None:
-                context.train.keep()
 
         at_once = min(stage.rows_at_once, rows, len(data))
         blocks = len(stage.grid)
@@ -427,6 +421,7 @@ class Works:
             data,
             inputs=lambda block: basis,
             before=before,
+            holds=None if solver.preparation() is None else context.train,
             computing=context.evaluating,
             memory_bytes=stage.held_bytes(at_once),
             passes=f"{solver.solver}, {blocks} block{'s' * (blocks > 1)}{solver.passes()}",

@@ -395,6 +395,52 @@ def test_two_workers_write_the_bytes_of_one(project: Path) -> None:
     assert tiny.files(alone) == tiny.files(project.parent / "alone")
 
 
+CHANGING = """\
+import os
+from pathlib import Path
+
+from tests import tiny
+
+tiny.shrink_blocks()
+HERE = Path(__file__).parent
+
+
+class Changing:
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, position):
+        inputs, label = self.data[position]
+        return (inputs + 1 if position == 14 and (HERE / "changed").exists() else inputs), label
+
+
+def experiment():
+    with (HERE / "loads").open("a") as file:
+        file.write(f"{os.getpid()}\\n")
+    return tiny.experiment(train=Changing(tiny.points(60, 1)))
+"""
+
+
+def test_a_worker_loads_the_experiment_once_for_all_stages_and_anew_where_data_changed(project: Path) -> None:
+    folder = project.parent
+    (folder / "experiment.py").write_text(CHANGING)
+    project.write_text(project.read_text() + "workers = 2\n")
+    pipeline = ip.Pipeline.from_toml(project)
+    pipeline.run()
+    loads = (folder / "loads").read_text().split()
+    assert len(set(loads)) == len(loads) > 1
+    (folder / "changed").touch()
+    assert pipeline.refresh() == {"train": [14]}
+    pipeline.run()
+    made = folder / "runs"
+    made.rename(folder / "refreshed")
+    ip.Pipeline.from_toml(project).run()
+    assert tiny.files(made) == tiny.files(folder / "refreshed")
+
+
 IDENTITY = {"solver": "identity"}
 GGN = {"solver": "cg", "damping": {"relative": 0.1}}
 DENSE = {"solver": "exact", "damping": {"relative": 0.1}}
