@@ -372,7 +372,7 @@ class Works:
         assert place is not None
         rows = plan.block_rows(context.dim, plan.MOST_TESTS)
         band = self.band(place, "coordinate", rows) if solver.dense else rows
-        stage = Prepare(solver, context.curvature(count), band, self._parts(place, count))
+        stage = Prepare(solver, context.curvature(count), band, self._parts)
         products = context.dim if solver.dense else solver.sum_sizes(context.dim).get("probe_sum", 0)
         return Work(
             stage,
@@ -386,10 +386,12 @@ class Works:
             passes="the mean gradient" + (f" and {products} products with H" if products else ""),
         )
 
-    def _parts(self, place: Place, count: int) -> int:
-        """Return into how many parts so many training samples are cut: as in the group where it is of as many."""
-        group = self.find(place)
-        if group is not None and DIGESTS in group and group.array(DIGESTS).shape[0] == count:
+    @functools.cached_property
+    def _parts(self) -> int:
+        """Into how many parts a solver's preparation cuts the training set: as in its group, if that is of as many."""
+        place, count = self.curvature_place(), self.curvature_samples
+        group = None if place is None else self.find(place)
+        if group is not None and (count,) in {spec.shape[:1] for spec in group.layout.merged if spec.name == DIGESTS}:
             return group.layout.grid.axes[0].length
         return plan.parts(count, self.context.dim)
 
