@@ -211,6 +211,7 @@ class Pipeline:
         Returns:
             The positions of changed samples by data set.
         """
+        self._token = uuid.uuid4().hex  # so that workers load the data anew
         return checks.refresh(self._works, tests or self.tests)
 
     def accept_data(self, *tests: str) -> dict[str, list[int]]:
@@ -222,6 +223,7 @@ class Pipeline:
         Raises:
             CacheMismatch: the model gives other gradients for some of them.
         """
+        self._token = uuid.uuid4().hex  # so that workers load the data anew
         return checks.accept(self._works, tests or self.tests)
 
     def run(self, *tests: str, new: bool = False) -> dict[str, Influences]:
@@ -335,7 +337,7 @@ class Pipeline:
             with self._sent() as source:
                 rebuild = functools.partial(
                     _rebuild,
-                    *(source, self.settings, str(self.cache.path), place, self._works.context.weights),
+                    *(self._token, source, self.settings, str(self.cache.path), place, self._works.context.weights),
                     keep_curvature=self._keep_curvature,
                     beside=beside,
                 )
@@ -516,7 +518,11 @@ def _other_name(place: Place) -> str:
     return "for this test set" if place.tests else "(train_name)"
 
 
+_loaded: dict[str, Context] = {}
+
+
 def _rebuild(
+    token: str,
     source: str | Path,
     settings: Settings,
     cache: str,
@@ -526,9 +532,12 @@ def _rebuild(
     keep_curvature: bool,
     beside: Sequence[Place] = (),
 ) -> tuple[Work, Group]:
-    """Make the work of a stage in a worker process."""
-    experiment = _experiment(runner.take_shared(source) if isinstance(source, Path) else source)
-    works = Works(Context(experiment, settings, weights), Cache(cache), keep_curvature=keep_curvature)
+    """Make the work of a stage in a worker process, which keeps model and data for the pipeline's next stage."""
+    if token not in _loaded:
+        _loaded.clear()
+        experiment = _experiment(runner.take_shared(source) if isinstance(source, Path) else source)
+        _loaded[token] = Context(experiment, settings, weights)
+    works = Works(_loaded[token], Cache(cache), keep_curvature=keep_curvature)
     works.expect()
     for each in (place, *beside):
         if each.tests is not None:

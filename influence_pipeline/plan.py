@@ -20,8 +20,12 @@ MOST_ROWS = 1024
 MOST_TESTS = 64
 """Test samples that are solved for together: more share each pass over the training set, fewer are lost to a kill."""
 MOST_SCORED_TESTS = 1024
-PROBE_VECTORS = 32
-"""Vectors in what a solver prepares without a dense matrix: the probes of the mean eigenvalue."""
+MOST_PARTS = 16
+"""Parts of the training set over which a solver's sums are kept."""
+LEAST_SUMMED = 256
+"""Training samples in such a part, about: as many as are on the device at once."""
+SUMS_BYTES = 2**30
+"""Of all such sums, at most, where there is more than one part."""
 TILE_ENTRIES = 2**21
 TILE_ROWS = 256
 TILE_COLUMNS = 8192
@@ -32,6 +36,11 @@ def block_rows(dim: int, most: int | None = None) -> int:
     most = MOST_ROWS if most is None else most
     fits = DECODED_SHARD_BYTES // (4 * dim)
     return min(most, 2 ** int(math.log2(fits))) if fits >= 1 else 1
+
+
+def parts(samples: int, summed: int) -> int:
+    """Return into how many parts the training set is cut, over each of which so many numbers are summed in float64."""
+    return max(1, min(MOST_PARTS, samples // LEAST_SUMMED, SUMS_BYTES // (8 * summed)))
 
 
 def train_band(rows: int, top_k: int) -> int:

@@ -63,6 +63,7 @@ class Work:
         whole: a data set of which every block reads the first so many samples; their digests are kept, too.
         inputs: digest of whatever else a block reads.
         before: called once before the first block that is computed here.
+        holds: a data set to have in memory while blocks are computed, where it fits.
         computing: what surrounds all computing, such as the model's ``eval()`` mode.
         memory_bytes: what one process holds at once, beside model and data.
         passes: what it reads how often, for people.
@@ -76,6 +77,7 @@ class Work:
     whole: tuple[DataSet, int] | None = None
     inputs: Callable[[Block], bytes] = lambda block: NOTHING
     before: Callable[[], None] = lambda: None
+    holds: DataSet | None = None
     computing: Callable[[], AbstractContextManager[None]] = nullcontext
     memory_bytes: int = 0
     passes: str = ""
@@ -115,6 +117,8 @@ class Work:
         """Do once, in the process that computes, what must be done before the first block."""
         if not self._ready:
             self.before()
+            if self.holds is not None:
+                self.holds.keep()
             self.stage.prepare()
             self._ready = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -368,27 +369,31 @@ class Works:
     def _curvature(self) -> Work:
         context, solver, count = self.context, self.settings.s_test, self.curvature_samples
         solver.check_size(context.dim, context.memory)
-        place = self.curvature_place()
-        assert place is not None
-        rows = plan.block_rows(context.dim, plan.MOST_TESTS)
-        band = self.band(place, "coordinate", rows) if solver.dense else rows
-        stage = Prepare(solver, context.curvature(count), band)
-        vectors = stage.grid.axes[0].band if solver.dense else plan.PROBE_VECTORS
-
-        def before() -> None:
-            self.check_code()
-            context.train.keep()
-
+        stage = Prepare(solver, context.curvature(count), self._parts)
+        sums = solver.sum_shapes(context.dim)
+        products = sums.get("probe_sum", (0,))[0]
+        of = " and the matrix" if "matrix_sum" in sums else f" and {products} products with H" if products else ""
         return Work(
             stage,
             "curvature",
-            unit="rows of H" if solver.dense else "parts",
+            unit="parts",
             whole=(context.train, count),
-            before=before,
+            before=self.check_code,
+            holds=context.train,
             computing=context.evaluating,
-            memory_bytes=stage.held_bytes(vectors),
-            passes=f"{context.dim if solver.dense else plan.PROBE_VECTORS} products with H",
+            memory_bytes=stage.held_bytes,
+            passes=f"the mean gradient{of}",
         )
+
+    @functools.cached_property
+    def _parts(self) -> int:
+        """Into how many parts a solver's preparation cuts the training set: as in its group, if that is of as many."""
+        place, count = self.curvature_place(), self.curvature_samples
+        group = None if place is None else self.find(place)
+        if group is not None and (count,) in {spec.shape[:1] for spec in group.layout.merged if spec.name == DIGESTS}:
+            return group.layout.grid.axes[0].length
+        sums = self.settings.s_test.sum_shapes(self.context.dim)
+        return plan.parts(count, sum(map(math.prod, sums.values())))
 
     def _s_test(self, tests: str) -> Work:
         context, solver = self.context, self.settings.s_test
@@ -409,8 +414,6 @@ class Works:
             _check_fixed(data)
             self.check_code()
             self.check_measurement(tests)
-            if solver.preparation() is not None:
-                context.train.keep()
 
         at_once = min(stage.rows_at_once, rows, len(data))
         blocks = len(stage.grid)
@@ -420,6 +423,7 @@ class Works:
             data,
             inputs=lambda block: basis,
             before=before,
+            holds=None if solver.preparation() is None else context.train,
             computing=context.evaluating,
             memory_bytes=stage.held_bytes(at_once),
             passes=f"{solver.solver}, {blocks} block{'s' * (blocks > 1)}{solver.passes()}",
@@ -431,9 +435,8 @@ class Works:
         group = None if place is None else self.find(place)
         if group is None:
             return {}, digest([])
-        names = (*solver.summary_names(), *(("matrix",) if solver.dense else ()))
         work = self._curvature()
-        there: dict[str, ArrayLike] = {name: group.array(name) for name in names}
+        there: dict[str, ArrayLike] = {name: group.array(name) for name in solver.summary_names()}
         return there, group.contents(work.stage.grid, lambda block: work.valid(group, block))
 
     def beside(self, place: Place, others: Sequence[Place]) -> tuple[Place, ...]:

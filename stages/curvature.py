@@ -35,6 +35,8 @@ Repeated = Callable[..., Tensor]
 """A product that takes a report, too."""
 PROBES = 8
 """Samples on which two ways to the same products are compared."""
+UNITS = 64
+"""Unit vectors that are multiplied together for a matrix that the Jacobian does not give."""
 KEPT = 4
 """A Jacobian that is kept between products has one part in so many of the memory at most."""
 
@@ -88,6 +90,14 @@ class Curvature:
             StageError: finite vectors have products that are not.
         """
         ids = range(len(self.samples)) if ids is None else ids
+        return self.total(vectors_TD, ids, report).div_(len(ids)).addcmul_(self.l2, vectors_TD)
+
+    def total(self, vectors_TD: Tensor, ids: Sequence[int], report: Report = silent) -> Tensor:
+        """Return the sum of the products over some samples, without the penalty, (T, D).
+
+        Raises:
+            StageError: finite vectors have products that are not.
+        """
         total_TD = torch.zeros_like(vectors_TD)
         done = 0
         with closing(self.samples.batches(ids, self.batch_size)) as batches:
@@ -95,7 +105,8 @@ class Curvature:
                 total_TD += self._sum(batch)(vectors_TD)
                 done += size(batch)
                 report(Progress(done, len(ids), f"{self.kind} products"))
-        return self._mean(total_TD, len(ids), vectors_TD)
+        self._refuse_infinite(total_TD, vectors_TD, ids)
+        return total_TD
 
     def over(self, ids: Sequence[int]) -> Repeated:
         """Return what multiplies by H with the mean over ``ids`` again and again.
@@ -114,7 +125,8 @@ class Curvature:
             for part in kept:
                 part.add_products(vectors_TD, total_TD)
             report(Progress(len(ids), len(ids), f"{self.kind} products"))
-            return self._mean(total_TD, len(ids), vectors_TD)
+            self._refuse_infinite(total_TD, vectors_TD, ids)
+            return total_TD.div_(len(ids)).addcmul_(self.l2, vectors_TD)
 
         return product
 
@@ -138,36 +150,47 @@ class Curvature:
                 found += linearised(self.function, batch, size(batch))
         return found
 
-    def _mean(self, total_TD: Tensor, count: int, vectors_TD: Tensor) -> Tensor:
-        """Return H v for each row v, given the sums over ``count`` samples, which are changed.
+    def _refuse_infinite(self, total_TD: Tensor, vectors_TD: Tensor, ids: Sequence[int]) -> None:
+        """Refuse products that are not finite.
 
         Raises:
-            StageError: finite vectors have products that are not.
+            StageError: the vectors are.
         """
         if not torch.isfinite(total_TD).all() and torch.isfinite(vectors_TD).all():
-            self.gradient()  # where that is not finite either, it names the samples
+            self.gradient_sum(ids)  # where that is not finite either, it names the samples
             raise StageError(
                 f"curvature = {self.kind!r}: its products are NaN or infinite. Some training sample's loss has no "
                 f"finite second derivative, or it is beyond {self.function.dtype}: look at the scale of inputs and "
                 'losses, or use solver = "identity"'
             )
-        return total_TD.div_(count).addcmul_(self.l2, vectors_TD)
 
     def on(self, batch: Batch) -> Product:
         """Return what multiplies by H with the mean over one batch, which is linearised once for all products."""
         count, total = size(batch), self._sum(batch)
         return lambda vectors_TD: total(vectors_TD).div_(count).addcmul_(self.l2, vectors_TD)
 
-    def gradient(self, report: Report = silent) -> Tensor:
-        """Return the gradient of the training objective, (1/N) Σ ∇L(z_i, θ) + l2·θ, (D,): zero at an optimum."""
+    def gradient(self, sum_D: Tensor) -> Tensor:
+        """Return the gradient of the training objective, (1/N) Σ ∇L(z_i, θ) + l2·θ, (D,): zero at an optimum.
+
+        Args:
+            sum_D: what :meth:`gradient_sum` gives of all samples, or the sum of what it gives of parts of them.
+        """
+        return sum_D / len(self.samples) + self.l2 * self.function.flatten(self.function.params)
+
+    def gradient_sum(self, ids: Sequence[int], report: Report = silent) -> Tensor:
+        """Return Σ ∇L(z_i, θ) over some samples, (D,) in double precision.
+
+        Raises:
+            StageError: some sample's gradient is NaN or infinite.
+        """
         params = self.function.params
         total_D = torch.zeros(self.dim, dtype=torch.float64, device=self.function.device)
         done = 0
-        with closing(self.samples.batches(range(len(self.samples)), self.batch_size)) as batches:
+        with closing(self.samples.batches(ids, self.batch_size)) as batches:
             for batch in batches:
                 leaves = {name: parameter.detach().requires_grad_() for name, parameter in params.items()}
-                ids = range(done, done + size(batch))
-                with naming(f"at training samples {ids[0]} to {ids[-1]}"):
+                now = ids[done : done + size(batch)]
+                with naming(f"at training samples {now[0]} to {now[-1]}"):
                     found = torch.autograd.grad(
                         self._total_loss(leaves, batch),
                         list(leaves.values()),
@@ -176,11 +199,48 @@ class Curvature:
                     )
                 flat_D = self.function.flatten(dict(zip(leaves, found, strict=True)))
                 if not torch.isfinite(flat_D).all():
-                    refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), ids)
+                    refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), now)
                 total_D += flat_D
                 done += size(batch)
-                report(Progress(done, len(self.samples), "mean gradient"))
-        return total_D / len(self.samples) + self.l2 * self.function.flatten(params)
+                report(Progress(done, len(ids), "mean gradient"))
+        return total_D
+
+    def matrix(self, ids: Sequence[int], report: Report = silent) -> Tensor:
+        """Return Σ H_i over some samples, without the penalty, (D, D) in double precision.
+
+        Raises:
+            StageError: it is not finite.
+        """
+        done, signs = 0, random_signs(2, self.dim, self.l2, seed=0)
+        total_DD = torch.zeros(self.dim, self.dim, dtype=self.l2.dtype, device=self.l2.device)
+        with closing(self.samples.batches(ids, self.batch_size)) as batches:
+            for batch in batches:
+                sizes = self._sizes(batch)
+                if sizes.jacobian_fits(self.together) and self._may_use_jacobian(batch, signs):
+                    for part in linearised(self.function, batch, sizes.samples_together(self.together)):
+                        part.add_matrix(total_DD)
+                else:
+                    product = self._sum(batch)
+                    for start in range(0, self.dim, UNITS):
+                        rows = range(start, min(start + UNITS, self.dim))
+                        total_DD[start : start + UNITS] += product(_units(rows, self.l2))
+                done += size(batch)
+                report(Progress(done, len(ids), "matrix"))
+        self._refuse_infinite(total_DD, signs, ids)
+        return total_DD.double()
+
+    def forms(self, vectors_TD: Tensor, ids: Sequence[int], report: Report = silent) -> Tensor:
+        """Return vᵀ Σ H_i v over some samples for each row v, without the penalty, (T,) in double precision."""
+        return vectors_TD.mul(self.total(vectors_TD, ids, report)).sum(1, dtype=torch.float64)
+
+    def mean_eigenvalue(self, forms_T: Tensor) -> float:
+        """Estimate trace / D by Hutchinson's probes (Hutchinson, 1990): E[vᵀHv] = tr H for random signs v.
+
+        Args:
+            forms_T: what :meth:`forms` gives of all samples for :func:`random_signs`; of T vectors, the relative
+                error falls with √T, and with √D.
+        """
+        return float(forms_T.mean()) / len(self.samples) / self.dim + float(self.l2.mean(dtype=torch.float64))
 
     def _total_loss(self, params: Parameters, batch: Batch) -> Tensor:
         return self.function.losses(params, batch).sum()
@@ -269,6 +329,13 @@ class Curvature:
         return lambda vector: backward(inner(forward(vector)))
 
 
+def _units(rows: range, like_D: Tensor) -> Tensor:
+    """Return some rows of the identity, (n, D)."""
+    units = torch.zeros(len(rows), len(like_D), dtype=like_D.dtype, device=like_D.device)
+    units[torch.arange(len(rows)), torch.arange(rows.start, rows.stop)] = 1
+    return units
+
+
 def _single(one: Callable[[Parameters], Parameters], tangents: Parameters) -> Parameters:
     """Apply what takes one vector to the only one of a batch, without ``vmap``."""
     return {name: found.unsqueeze(0) for name, found in one({n: t[0] for n, t in tangents.items()}).items()}
@@ -280,22 +347,10 @@ def _transposed(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[
     return value, lambda cotangent: pullback(cotangent)[0]
 
 
-def mean_eigenvalue(product: Product, dim: int, like: Tensor, seed: int, probes: int = 32) -> float:
-    """Estimate trace / dimension by Hutchinson's probes (Hutchinson, 1990): E[vᵀHv] = tr H for random signs v.
-
-    Args:
-        product: (T, D) -> (T, D).
-        dim: D.
-        like: a tensor of the dtype and device to work with.
-        seed: of the probes.
-        probes: their number; the relative error falls with its square root, and with that of D.
-
-    Returns:
-        The estimate.
-    """
+def random_signs(count: int, dim: int, like: Tensor, seed: int) -> Tensor:
+    """Return vectors of entries ±1, (count, D), of the dtype and on the device of ``like``."""
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (probes, dim), generator=generator).to(like) * 2 - 1
-    return float((signs * product(signs)).sum(dtype=torch.float64)) / probes / dim
+    return torch.randint(0, 2, (count, dim), generator=generator).to(like) * 2 - 1
 
 
 def extreme_eigenvalues(product: Product, dim: int, like: Tensor, seed: int, steps: int = 24) -> tuple[float, float]:

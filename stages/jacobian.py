@@ -18,6 +18,9 @@ from stages.grad_z.hooks import jacobian as by_hooks
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch
 
+MATRIX_ROWS = 1024
+"""Rows of a dense matrix that are added to at once."""
+
 
 def jacobian(function: ModelFunction, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return each sample's Jacobian (B, K, D) and outputs (B, …).
@@ -63,6 +66,13 @@ class Linearised:
         forward = (vectors_TD @ rows.T).to(self.outputs.dtype)
         backward = self.inner(forward.reshape(-1, *self.outputs.shape)).reshape(forward.shape)
         total_TD.addmm_(backward.to(vectors_TD.dtype), rows)
+
+    def add_matrix(self, total_DD: Tensor) -> None:
+        """Add Σ JᵢᵀAᵢJᵢ to ``total_DD``, its rows some at a time."""
+        rows = self.rows.flatten(0, 1)
+        for columns, into in zip(torch.split(rows.T, MATRIX_ROWS), torch.split(total_DD, MATRIX_ROWS), strict=True):
+            backward = self.inner(columns.to(self.outputs.dtype).reshape(-1, *self.outputs.shape))
+            into.addmm_(backward.reshape(columns.shape).to(rows.dtype), rows)
 
 
 def linearised(function: ModelFunction, batch: Batch, together: int) -> Iterator[Linearised]:

@@ -57,7 +57,11 @@ class Work:
 
     def kept_jacobian_pays(self, together: int) -> bool:
         """Say whether GGN products take fewer operations by a Jacobian that is there, for however many vectors."""
-        return 0 < 2 * self.outputs * self.dim < self.backward and self._one_jacobian <= together
+        return 2 * self.outputs * self.dim < self.backward and self.jacobian_fits(together)
+
+    def jacobian_fits(self, together: int) -> bool:
+        """Say whether one sample's Jacobian, and what making it takes, is no larger than ``together`` numbers."""
+        return 0 < self._one_jacobian <= together
 
     def vectors_together(self, together: int) -> int:
         """How many vectors to multiply at once, where each needs arrays of its own for the whole batch."""

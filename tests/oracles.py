@@ -306,9 +306,9 @@ def ranking(scores: Sequence[float], ids: Sequence[int], k: int, *, largest: boo
 # ---- running the package without its machine -----------------------------------------------------------------------
 
 
-def prepared(solver: Any, curvature: Curvature, band: int = 7) -> dict[str, Any]:
+def prepared(solver: Any, curvature: Curvature, parts: int = 3) -> dict[str, Any]:
     """Run a solver's preparation, block by block, into NumPy arrays."""
-    stage = Prepare(solver, curvature, band)
+    stage = Prepare(solver, curvature, parts)
     arrays = {spec.name: np.full(spec.shape, np.nan) for spec in stage.arrays}
     for block in stage.grid:
         found = stage.compute(block)

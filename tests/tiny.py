@@ -16,8 +16,8 @@ from influence_pipeline.cache import Group
 from influence_pipeline.cache.writing import BlockWriting
 from stages.stage import Block
 
-ROWS, TESTS, SCORED = 16, 4, 4
-"""Rows of a block of gradients, of solutions and of scores after :func:`shrink_blocks`."""
+ROWS, TESTS, SCORED, SUMMED = 16, 4, 4, 30
+"""Rows of a block of gradients, of solutions, of scores and of sums after :func:`shrink_blocks`."""
 
 
 SECTIONS = ("grad_z", "s_test", "influence", "runtime")
@@ -25,7 +25,7 @@ SECTIONS = ("grad_z", "s_test", "influence", "runtime")
 
 def shrink_blocks() -> None:
     """Make grids of many small blocks, as large experiments have."""
-    plan.MOST_ROWS, plan.MOST_TESTS, plan.MOST_SCORED_TESTS = ROWS, TESTS, SCORED
+    plan.MOST_ROWS, plan.MOST_TESTS, plan.MOST_SCORED_TESTS, plan.LEAST_SUMMED = ROWS, TESTS, SCORED, SUMMED
 
 
 def points(count: int, seed: int) -> TensorDataset:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from stages.s_test.solver import CurvatureSolver, NotPositiveDefinite, Prepared, Solution, Solve, relative_residual
-from stages.stage import Report, StageError
+from stages.stage import Array, Report, StageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,21 +19,33 @@ if TYPE_CHECKING:
 class Exact(CurvatureSolver):
     """Cholesky factorisation of the dense (D, D) matrix H + λI, in double precision."""
 
-    dense: ClassVar[bool] = True
     state_vectors: ClassVar[int] = 4
 
     solver: Literal["exact"] = "exact"
 
     def preparation(self) -> dict[str, Any]:
-        """Return what the dense matrix depends on: no draws, and not λ."""
-        return {"curvature": self.curvature, "dense": self.dense}
+        """Return what the matrix depends on: no draws, and not λ."""
+        return {"curvature": self.curvature, "summary": list(self.summary_names())}
 
     def summary_names(self) -> tuple[str, ...]:
-        """Return the distance from an optimum, and the mean eigenvalue, which the diagonal gives for nothing."""
-        return ("gradient_norm", "mean_eigenvalue")
+        """Return the distance from an optimum, the matrix, and the mean eigenvalue, which its diagonal gives."""
+        return ("gradient_norm", "mean_eigenvalue", "matrix")
 
-    def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
-        return float(np.trace(prepared["matrix"][:])) / curvature.dim
+    def sum_shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the gradient and the matrix."""
+        return {"gradient_sum": (dim,), "matrix_sum": (dim, dim)}
+
+    def sums(self, curvature: Curvature, ids: Sequence[int], report: Report) -> dict[str, Array]:
+        """Sum gradients and matrices."""
+        return {**super().sums(curvature, ids, report), "matrix_sum": curvature.matrix(ids, report).cpu().numpy()}
+
+    def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
+        """Make H of the sum."""
+        matrix = np.array(prepared["matrix_sum"][:])
+        matrix /= len(curvature.samples)
+        matrix[np.diag_indices(len(matrix))] += curvature.l2.double().cpu().numpy()
+        mean = np.asarray(np.trace(matrix) / len(matrix))
+        return {**super().summary(curvature, prepared, report), "matrix": matrix, "mean_eigenvalue": mean}
 
     def fixed_bytes(self, curvature: Curvature) -> int:
         """Return what H, its factor and one copy take."""

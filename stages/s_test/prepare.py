@@ -2,47 +2,68 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from stages.s_test.solver import Solver
-from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Samples, Stage, silent
+import numpy as np
+
+from stages.s_test.solver import PROBES, Solver
+from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Report, Samples, Stage, silent
 
 if TYPE_CHECKING:
     from stages.curvature import Curvature
     from stages.parameters import ModelFunction
 
 SUMMARY = {
+    "matrix": "H, dense",
     "gradient_norm": "Euclidean norm of the training objective's gradient, zero at an optimum",
     "mean_eigenvalue": "mean eigenvalue of H",
     "largest_eigenvalue": "largest eigenvalue of H over some minibatches",
 }
+SUMS = {
+    "gradient_sum": "sum of the gradients of a part of the training set",
+    "matrix_sum": "Σ H_i over a part of the training set",
+    "probe_sum": "vᵀ Σ H_i v over a part of the training set, for random signs v",
+}
 
 
 class Prepare(Stage):
-    """Numbers, and for a dense solver the matrix H (coordinate, column) band by band."""
+    """Numbers that come of sums over the training set, or the matrix H (coordinate, column).
+
+    Each block has the sums over its part of the training set. They are added up in the order of the blocks, so that
+    it is the same who computed which.
+    """
 
     name = "curvature"
 
-    def __init__(self, solver: Solver, curvature: Curvature, band: int) -> None:
-        """Lay out what ``solver`` prepares; a dense matrix in bands of ``band`` rows."""
+    def __init__(self, solver: Solver, curvature: Curvature, parts: int) -> None:
+        """Lay out what ``solver`` prepares, with the training set in ``parts``."""
         self.solver, self.curvature = solver, curvature
-        count = len(probes(len(curvature.samples)))
-        numbers: tuple[ArraySpec, ...] = (ArraySpec("probe_loss", ("probe",), (count,), about="of some samples"),)
-        numbers += tuple(ArraySpec(name, (), (), "float64", about=SUMMARY[name]) for name in solver.summary_names())
-        if solver.dense:
-            dim = curvature.dim
-            self.grid = Grid((Axis("coordinate", dim, band),))
-            self.arrays = (ArraySpec("matrix", ("coordinate", "column"), (dim, dim), "float64", about="H, dense"),)
-            self.merged = numbers
-        else:
-            self.grid = Grid((Axis("part", 1, 1),))
-            self.arrays = numbers
+        dim, count = curvature.dim, len(probes(len(curvature.samples)))
+        self.grid = Grid((Axis("part", parts, 1),))
+        self.arrays = tuple(
+            ArraySpec(
+                name,
+                ("part", *(f"{name}_{'row' if i < len(shape) - 1 else 'entry'}" for i in range(len(shape)))),
+                (parts, *shape),
+                "float64",
+                about=SUMS[name],
+            )
+            for name, shape in solver.sum_shapes(dim).items()
+        )
+        self.merged = (ArraySpec("probe_loss", ("probe",), (count,), about="of some samples"),)
+        for name in solver.summary_names():
+            dims = ("coordinate", "column") if name == "matrix" else ()
+            self.merged += (ArraySpec(name, dims, (dim,) * len(dims), "float64", about=SUMMARY[name]),)
 
-    def held_bytes(self, vectors: int) -> int:
-        """Return what products with so many vectors, and drawing or keeping these, hold at once, at most."""
+    @property
+    def held_bytes(self) -> int:
+        """What the sums over a part take at once, at most, or adding them up."""
         row = self.curvature.dim * self.curvature.function.dtype.itemsize
-        return 6 * row * vectors + self.curvature.product_bytes
+        summed = sum(8 * math.prod(shape) for shape in self.solver.sum_shapes(self.curvature.dim).values())
+        return 6 * row * PROBES + 3 * summed + self.curvature.product_bytes
 
     def prepare(self, report: Report = silent) -> None:
         """Check model and training data."""
@@ -52,25 +73,23 @@ class Prepare(Stage):
         PerSample(curvature.function, curvature.function.losses, curvature.samples, curvature.batch_size).check()
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
-        """Compute a band of the matrix by products with unit vectors, or the numbers."""
-        import torch
+        """Compute the sums over a part of the training set."""
+        found = self.solver.sums(self.curvature, self.part(block), report)
+        return {name: values[np.newaxis] for name, values in found.items()}
 
-        if not self.solver.dense:
-            return self._numbers({}, report)
-        rows = block.ids("coordinate")
-        units = torch.zeros(len(rows), self.curvature.dim).to(self.curvature.l2)
-        units[torch.arange(len(rows)), torch.arange(rows.start, rows.stop)] = 1
-        products = self.curvature.product(units, report=report)
-        report(Progress(len(rows), len(rows), "rows of H"))
-        return {"matrix": products.double().cpu().numpy()}
+    def part(self, block: Block) -> range:
+        """Return the training samples that a block has the sums over."""
+        (number,), blocks, count = block.index, len(self.grid), len(self.curvature.samples)
+        return range(number * count // blocks, (number + 1) * count // blocks)
 
     def finish(self, arrays: Mapping[str, ArrayLike], report: Report = silent) -> dict[str, Array]:
-        """Compute the numbers of a dense solver."""
-        return self._numbers(arrays, report) if self.solver.dense else {}
-
-    def _numbers(self, arrays: Mapping[str, ArrayLike], report: Report) -> dict[str, Array]:
+        """Compute the numbers."""
+        sums = {
+            name: functools.reduce(np.add, (arrays[name][number : number + 1][0] for number in range(len(self.grid))))
+            for name in self.solver.sum_shapes(self.curvature.dim)
+        }
         losses = probe_losses(self.curvature.function, self.curvature.samples, probes(len(self.curvature.samples)))
-        return {"probe_loss": losses, **self.solver.summary(self.curvature, arrays, report)}
+        return {"probe_loss": losses, **self.solver.summary(self.curvature, sums, report)}
 
 
 def probe_losses(function: ModelFunction, samples: Samples, ids: Sequence[int]) -> Array:

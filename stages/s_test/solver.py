@@ -9,7 +9,7 @@ Shapes: ``T`` test samples, ``D`` coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -39,6 +39,8 @@ Damping = Annotated[
     Discriminator(lambda value: "table" if isinstance(value, (Mapping, RelativeDamping)) else "absolute"),
 ]
 Prepared = Mapping[str, ArrayLike]
+PROBES = 32
+"""Random vectors by which the mean eigenvalue of H is estimated."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +65,39 @@ class Solver(BaseModel):
     """The settings of one way to solve; a subclass in a file of its own adds a solver.
 
     Attributes:
-        dense: whether what it prepares is the whole matrix H, band by band.
         state_vectors: vectors of D floats that it holds for each test sample at once, products' results among them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dense: ClassVar[bool] = False
     state_vectors: ClassVar[int] = 3
 
     solver: str
 
     def preparation(self) -> dict[str, Any] | None:
-        """Return what :meth:`summary` and the matrix depend on, None where nothing is prepared."""
+        """Return what :meth:`summary` depends on, None where nothing is prepared."""
         return None
 
     def summary_names(self) -> tuple[str, ...]:
-        """Return the names of the numbers that :meth:`summary` finds."""
+        """Return the names of what :meth:`summary` finds."""
         return ()
 
+    def sum_shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each of the :meth:`sums`, by name."""
+        return {}
+
+    def sums(self, curvature: Curvature, ids: Sequence[int], report: Report) -> dict[str, Array]:
+        """Sum over some training samples what :meth:`summary` takes the sum of over all, float64."""
+        return {}
+
     def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
-        """Find once what all test samples share; ``prepared`` has the matrix where the solver is dense."""
+        """Find once what all test samples share.
+
+        Args:
+            curvature: over the training set.
+            prepared: the sums over all of that.
+            report: of progress.
+        """
         return {}
 
     def fixed_bytes(self, curvature: Curvature) -> int:
@@ -133,27 +147,42 @@ class CurvatureSolver(Solver):
     def preparation(self) -> dict[str, Any] | None:
         """Return what the summary depends on: not λ, which is added when solving."""
         names = list(self.summary_names())
-        return {"curvature": self.curvature, "dense": self.dense, "seed": self.seed, "summary": names}
+        return {"curvature": self.curvature, "seed": self.seed, "summary": names}
 
     def summary_names(self) -> tuple[str, ...]:
         """Return the distance from an optimum, and the mean eigenvalue where λ is relative to it."""
         return ("gradient_norm", "mean_eigenvalue") if isinstance(self.damping, RelativeDamping) else ("gradient_norm",)
 
+    def sum_shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the gradient and, where they are wanted, of the quadratic forms of probes."""
+        probes: dict[str, tuple[int, ...]] = (
+            {"probe_sum": (PROBES,)} if "mean_eigenvalue" in self.summary_names() else {}
+        )
+        return {"gradient_sum": (dim,), **probes}
+
+    def sums(self, curvature: Curvature, ids: Sequence[int], report: Report) -> dict[str, Array]:
+        """Sum gradients and, where they are wanted, quadratic forms of probes."""
+        from stages.curvature import random_signs
+
+        found = {"gradient_sum": curvature.gradient_sum(ids, report)}
+        if "probe_sum" in self.sum_shapes(curvature.dim):
+            signs = random_signs(PROBES, curvature.dim, curvature.l2, self.seed)
+            found["probe_sum"] = curvature.forms(signs, ids, report)
+        return {name: value.cpu().numpy() for name, value in found.items()}
+
     def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
         """Measure |ḡ + l2·θ|, and estimate the mean eigenvalue where λ is relative to it."""
-        found = {"gradient_norm": np.float64(curvature.gradient(report).norm())}
-        if "mean_eigenvalue" in self.summary_names():
-            found["mean_eigenvalue"] = np.float64(self._mean_eigenvalue(curvature, prepared, report))
+        import torch
+
+        gradient = curvature.gradient(torch.from_numpy(prepared["gradient_sum"][:]).to(curvature.function.device))
+        found = {"gradient_norm": float(gradient.norm())}
+        if "probe_sum" in prepared:
+            found["mean_eigenvalue"] = curvature.mean_eigenvalue(torch.from_numpy(prepared["probe_sum"][:]))
         return {name: np.asarray(value) for name, value in found.items()}
 
     def fixed_bytes(self, curvature: Curvature) -> int:
         """Return what products with H take."""
         return curvature.product_bytes
-
-    def _mean_eigenvalue(self, curvature: Curvature, prepared: Prepared, report: Report) -> float:
-        from stages.curvature import mean_eigenvalue
-
-        return mean_eigenvalue(lambda v: curvature.product(v, report=report), curvature.dim, curvature.l2, self.seed)
 
     def resolved(self, prepared: Prepared) -> float:
         """Return λ.

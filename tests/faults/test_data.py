@@ -106,8 +106,8 @@ class Raising(Dataset[Any]):
     ("train", 33, IndexError("bad"), {"grad_z": 2}, 0),
     ("train", 38, OSError("bad"), {"grad_z": 2}, 1),
     ("train", 58, StopIteration("bad"), {"grad_z": 3}, 0),
-    ("holdout", 0, RuntimeError("bad"), {"grad_z": 4, "curvature": 1}, 0),
-    ("holdout", 7, ValueError("bad"), {"grad_z": 4, "curvature": 1, "s_test": 1}, 0),
+    ("holdout", 0, RuntimeError("bad"), {"grad_z": 4, "curvature": 2}, 0),
+    ("holdout", 7, ValueError("bad"), {"grad_z": 4, "curvature": 2, "s_test": 1}, 0),
 ])  # fmt: skip
 def test_a_data_set_that_raises_is_named_with_its_sample_and_the_next_run_goes_on(
     make: Make,
@@ -136,7 +136,7 @@ def test_a_data_set_that_raises_is_named_with_its_sample_and_the_next_run_goes_o
     }
 
 
-TOTAL = {"grad_z": 4, "curvature": 1, "s_test": 3, "influence": 12}
+TOTAL = {"grad_z": 4, "curvature": 2, "s_test": 3, "influence": 12}
 
 
 # ---- models that give NaN --------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def faulty(wrong: Tensor) -> Faulty:
     ("train", (0,), {}),
     ("train", (21,), {"grad_z": 1}),
     ("train", (38, 41), {"grad_z": 2}),
-    ("holdout", (7,), {"grad_z": 4, "curvature": 1, "s_test": 1}),
+    ("holdout", (7,), {"grad_z": 4, "curvature": 2, "s_test": 1}),
 ])  # fmt: skip
 def test_a_model_that_gives_nan_is_refused_with_the_samples(
     make: Make, cache: Path, finished: Path, name: str, positions: tuple[int, ...], kept: dict[str, int]
@@ -277,9 +277,10 @@ def all_cells(rows: range = range(3), columns: range = range(4)) -> Computed:
 
 
 ALL_SOLUTIONS = [("s_test", str(block)) for block in range(3)]
+SUMS = [("curvature", "0"), ("curvature", "1")]
 REFRESHED = [
-    ("train", (14,), CG, [("grad_z", "0"), ("curvature", "0"), *ALL_SOLUTIONS, *all_cells()]),
-    ("train", (15, 40), CG, [("grad_z", "0"), ("grad_z", "2"), ("curvature", "0"), *ALL_SOLUTIONS, *all_cells()]),
+    ("train", (14,), CG, [("grad_z", "0"), *SUMS, *ALL_SOLUTIONS, *all_cells()]),
+    ("train", (15, 40), CG, [("grad_z", "0"), ("grad_z", "2"), *SUMS, *ALL_SOLUTIONS, *all_cells()]),
     ("train", (14,), IDENTITY, [("grad_z", "0"), *all_cells(columns=range(1))]),
     ("train", (59, 50), IDENTITY, [("grad_z", "3"), *all_cells(columns=range(3, 4))]),
     ("holdout", (7,), CG, [("s_test", "1"), *all_cells(rows=range(1, 2))]),
@@ -591,7 +592,7 @@ def test_a_grown_training_set_gives_the_bytes_of_a_fresh_cache(
     columns = range(-(-size // 16))
     assert sorted(computed) == sorted([
         *(("grad_z", block) for block in blocks),
-        ("curvature", "0"),
+        *SUMS,
         *ALL_SOLUTIONS,
         *all_cells(columns=columns),
     ])
@@ -644,10 +645,10 @@ def test_a_plan_says_what_growth_costs_with_and_without_the_old_curvature(
     before = tiny.files(done)
     kept, anew = keeping(done, **GROWN).plan(), make(**GROWN).plan()
     assert {stage.stage: (stage.done, stage.total) for stage in kept.stages} == {
-        "grad_z": (3, 5), "curvature": (1, 1), "s_test": (3, 3), "influence": (9, 15),
+        "grad_z": (3, 5), "curvature": (2, 2), "s_test": (3, 3), "influence": (9, 15),
     }  # fmt: skip
     assert {stage.stage: (stage.done, stage.total) for stage in anew.stages} == {
-        "grad_z": (3, 5), "curvature": (0, 1), "s_test": (0, 3), "influence": (0, 15),
+        "grad_z": (3, 5), "curvature": (0, 2), "s_test": (0, 3), "influence": (0, 15),
     }  # fmt: skip
     assert kept["curvature"].differs == ()
     assert "H and 1/N are of the first 60 of 70 training samples (kept)" in str(kept)

@@ -23,7 +23,7 @@ Make = Callable[..., ip.Pipeline]
 
 ARRAYS = {
     "grad_z": ("gradients", "scale", "norm", "loss", "label", "fidelity", "digests", "blocks"),
-    "curvature": ("gradient_norm", "mean_eigenvalue", "probe_loss", "blocks"),
+    "curvature": ("gradient_sum", "probe_sum", "blocks"),
     "s_test": ("vectors", "residual", "iterations", "measurement", "label", "damping", "digests", "blocks"),
     "influence": (
         "scores", "part_helpful_ids", "part_helpful_scores", "part_harmful_ids", "part_harmful_scores", "part_sum",
@@ -34,7 +34,9 @@ MERGED = (
     "curvature_samples", "helpful_ids", "helpful_scores", "harmful_ids", "harmful_scores", "offset", "mean_scores",
     "mean_helpful_ids", "mean_harmful_ids", "train_ids", "test_ids", "finished",
 )  # fmt: skip
-OF_CURVATURE = (("curvature", "digests"), ("curvature", "finished"))
+OF_CURVATURE = tuple(
+    ("curvature", name) for name in ("gradient_norm", "mean_eigenvalue", "probe_loss", "digests", "finished")
+)
 OF_BLOCKS = [(stage, name) for stage, names in ARRAYS.items() for name in names]
 
 
@@ -163,6 +165,11 @@ def merge_again(make: Make) -> None:
     make().run()
 
 
+def sum_again(make: Make) -> None:
+    delete(chunks(make().cache.path, "curvature", "finished")[0])
+    make().run()
+
+
 def everything_shown(make: Make) -> None:
     influences = make().run()["holdout"]
     influences.helpful(1), influences.harmful(1), influences.helpful(60), influences.helpful_on_average(3)
@@ -177,6 +184,8 @@ FLIPS = [
     ("grad_z", "scale", other_scores),
     ("grad_z", "digests", same_again),
     ("grad_z", "label", everything_shown),
+    ("curvature", "gradient_sum", sum_again),
+    ("curvature", "probe_sum", sum_again),
     ("curvature", "mean_eigenvalue", other_damping),
     ("curvature", "digests", without_gradients),
     ("s_test", "vectors", other_scores),

@@ -57,6 +57,14 @@ def test_blocks_fill_every_kind_of_array_exactly_once(tests: int, rows: int, sam
         assert all(one.isdisjoint(other) for one, other in itertools.combinations(files, 2)), spec.name
 
 
+@given(st.integers(1, 2**40), dims)
+def test_sums_are_kept_over_a_few_parts_of_the_training_set(samples: int, dim: int) -> None:
+    parts = plan.parts(samples, dim)
+    assert 1 <= parts <= 16
+    assert parts == 1 or (samples >= 256 * parts and 8 * dim * parts <= 2**30)
+    assert parts == 16 or samples < 256 * (parts + 1) or 8 * dim * (parts + 1) > 2**30
+
+
 @given(small, small, st.integers(1, 3000))
 def test_files_are_those_that_a_region_touches(length: int, band: int, columns: int) -> None:
     spec = ArraySpec("vectors", ("sample", "coordinate"), (length, columns))

@@ -17,6 +17,8 @@ from torch.utils.data import TensorDataset
 
 import influence_pipeline as ip
 from influence_pipeline.experiment import weights_hash
+from stages.s_test.prepare import Prepare
+from stages.stage import Block
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -123,6 +125,27 @@ def test_a_finished_run_computes_nothing_and_writes_nothing(
     assert tiny.files(done) == before
 
 
+def test_a_preparation_interrupted_between_its_parts_goes_on_with_the_next(
+    make: Make, cache: Path, finished: Path, computed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = Prepare.compute
+
+    def interrupted(stage: Prepare, block: Block, *args: Any) -> Any:
+        if block.index == (1,):
+            raise KeyboardInterrupt
+        return compute(stage, block, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prepare, "compute", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make().run()
+    assert [block for block in computed if block[0] == "curvature"] == [("curvature", "0")]
+    assert (make().plan()["curvature"].done, make().plan()["curvature"].total) == (1, 2)
+    make().run()
+    assert [block for block in computed if block[0] == "curvature"] == [("curvature", "0"), ("curvature", "1")]
+    assert tiny.files(cache) == tiny.files(finished)
+
+
 def test_planning_computes_nothing_and_writes_nothing(make: Make, cache: Path) -> None:
     plan = make().plan()
     assert not plan.complete
@@ -161,7 +184,7 @@ def test_a_plan_says_what_differs_from_what_is_cached(done: Path, make: Make) ->
 def test_a_grown_training_set_keeps_its_whole_blocks(done: Path, make: Make, computed: list[tuple[str, ...]]) -> None:
     grown = make(train=tiny.points(70, 1)).run()["holdout"]
     assert sorted(block for block in computed if block[0] == "grad_z") == [("grad_z", "3"), ("grad_z", "4")]
-    assert count(computed) == {"curvature": 1, "grad_z": 2, "influence": 15, "s_test": 3}
+    assert count(computed) == {"curvature": 2, "grad_z": 2, "influence": 15, "s_test": 3}
     fresh = make(done.parent / "fresh", train=tiny.points(70, 1)).run()["holdout"]
     assert (grown.scores[:] == fresh.scores[:]).all()
     assert (grown.helpful(1)[0] == fresh.helpful(1)[0]).all()
@@ -370,6 +393,52 @@ def test_two_workers_write_the_bytes_of_one(project: Path) -> None:
         settings.write("workers = 2\n")
     ip.Pipeline.from_toml(project).run()
     assert tiny.files(alone) == tiny.files(project.parent / "alone")
+
+
+CHANGING = """\
+import os
+from pathlib import Path
+
+from tests import tiny
+
+tiny.shrink_blocks()
+HERE = Path(__file__).parent
+
+
+class Changing:
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, position):
+        inputs, label = self.data[position]
+        return (inputs + 1 if position == 14 and (HERE / "changed").exists() else inputs), label
+
+
+def experiment():
+    with (HERE / "loads").open("a") as file:
+        file.write(f"{os.getpid()}\\n")
+    return tiny.experiment(train=Changing(tiny.points(60, 1)))
+"""
+
+
+def test_a_worker_loads_the_experiment_once_for_all_stages_and_anew_where_data_changed(project: Path) -> None:
+    folder = project.parent
+    (folder / "experiment.py").write_text(CHANGING)
+    project.write_text(project.read_text() + "workers = 2\n")
+    pipeline = ip.Pipeline.from_toml(project)
+    pipeline.run()
+    loads = (folder / "loads").read_text().split()
+    assert len(set(loads)) == len(loads) > 1
+    (folder / "changed").touch()
+    assert pipeline.refresh() == {"train": [14]}
+    pipeline.run()
+    made = folder / "runs"
+    made.rename(folder / "refreshed")
+    ip.Pipeline.from_toml(project).run()
+    assert tiny.files(made) == tiny.files(folder / "refreshed")
 
 
 IDENTITY = {"solver": "identity"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stages import curvature as curvature_module
 from stages import work
-from stages.curvature import KEPT, extreme_eigenvalues, mean_eigenvalue
+from stages.curvature import KEPT, extreme_eigenvalues, random_signs
 from stages.jacobian import ggn_products
 from stages.parameters import evaluating
 from stages.stage import Progress
@@ -338,13 +338,21 @@ def test_a_products_progress_ends_at_the_number_of_samples() -> None:
     assert [(p.done, p.total) for p in seen] == [(5, 12), (10, 12), (12, 12)]
 
 
+def halves(case: Case) -> tuple[range, range]:
+    """Return two parts of the training set, which no batch of five ends with."""
+    count = len(case.data)
+    return range(count // 2), range(count // 2, count)
+
+
 # ---- the objective's gradient ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_is_the_mean_one_with_the_penaltys(case: Case) -> None:
     expected = oracles.gradients(case).mean(0) + oracles.penalty(case) * case.theta
-    torch.testing.assert_close(case.curvature("ggn").gradient(), expected, **EXACT)
+    curvature = case.curvature("ggn", 5)
+    first, second = (curvature.gradient_sum(ids) for ids in halves(case))
+    torch.testing.assert_close(curvature.gradient(first + second), expected, **EXACT)
 
 
 def test_the_gradient_is_zero_at_an_optimum() -> None:
@@ -360,9 +368,13 @@ def test_the_gradient_is_zero_at_an_optimum() -> None:
         objective.backward()
         return objective
 
-    assert case.curvature("ggn").gradient().norm() > 0.1
+    def norm() -> float:
+        curvature = case.curvature("ggn")
+        return float(curvature.gradient(curvature.gradient_sum(range(12))).norm())
+
+    assert norm() > 0.1
     solver.step(closure)
-    assert case.curvature("ggn").gradient().norm() < 1e-9
+    assert norm() < 1e-9
 
 
 # ---- eigenvalues ---------------------------------------------------------------------------------------------------
@@ -370,20 +382,26 @@ def test_the_gradient_is_zero_at_an_optimum() -> None:
 
 @KINDS
 @pytest.mark.parametrize("case", CASES)
-def test_the_mean_eigenvalue_is_near_trace_over_dimension(case: Case, kind: str) -> None:
-    matrix = dense(case, kind)
-    found = mean_eigenvalue(case.curvature(kind).product, len(matrix), case.theta, seed=0)
+def test_the_mean_eigenvalue_is_the_mean_of_quadratic_forms_and_near_trace_over_dimension(
+    case: Case, kind: str
+) -> None:
+    matrix, curvature = dense(case, kind), case.curvature(kind, 5)
+    signs = random_signs(32, len(matrix), case.theta, seed=0)
+    assert signs.abs().eq(1).all()
+    first, second = (curvature.forms(signs, ids) for ids in halves(case))
+    found = curvature.mean_eigenvalue(first + second)
+    assert found == pytest.approx(float((signs @ matrix * signs).sum()) / 32 / len(matrix), rel=1e-9, abs=1e-12)
     # One probe's variance is twice the squared norm of what is off the diagonal (Hutchinson, 1990).
     error = (2 * (matrix - torch.diag(matrix.diagonal())).square().sum() / 32).sqrt() / len(matrix)
     assert abs(found - float(matrix.trace()) / len(matrix)) < 4 * error
 
 
-def test_the_mean_eigenvalue_of_a_diagonal_matrix_is_exact_and_probes_depend_on_the_seed() -> None:
-    diagonal = torch.arange(10, dtype=torch.float64)
-    assert mean_eigenvalue(lambda v: v * diagonal, 10, diagonal, seed=3) == pytest.approx(4.5, rel=1e-12)
-    matrix = symmetric(diagonal)
-    found = [mean_eigenvalue(lambda v: v @ matrix, 10, diagonal, seed=seed) for seed in (0, 0, 1)]
-    assert found[0] == found[1] != found[2]
+def test_random_signs_depend_on_the_seed_and_have_the_type_of_what_they_are_like() -> None:
+    like = torch.zeros((), dtype=torch.float64)
+    first, again, other = (random_signs(3, 20, like, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.dtype == torch.float64
 
 
 @KINDS

@@ -4,21 +4,26 @@ import functools
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from stages.curvature import Curvature
+from stages.curvature import Curvature, random_signs
+from stages.projection import Projection
 from stages.s_test import STest, solvers
 from stages.s_test.cg import Cg, conjugate_gradients
 from stages.s_test.exact import Exact
 from stages.s_test.identity import Identity
 from stages.s_test.lissa import Lissa
-from stages.s_test.solver import CurvatureSolver, Solution, Solver, fixed_sample
+from stages.s_test.prepare import Prepare
+from stages.s_test.solver import PROBES, CurvatureSolver, Solution, Solver, fixed_sample
 from stages.stage import StageError, silent
 from tests import oracles
 from tests.oracles import CASES, Case, ClassTask, Data, make
@@ -278,19 +283,44 @@ def test_exact_refuses_before_anything_is_computed() -> None:
         STest(Exact(), case.curvature("ggn"), {}, case.data, 4, 4, 3 * 8 * 43**2 - 1)
 
 
-@pytest.mark.parametrize("band", [1, 7, 43, 100])
-def test_the_dense_matrix_is_the_same_in_any_bands(band: int) -> None:
+@KINDS
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("parts", [1, 5, 12])
+def test_the_dense_matrix_is_the_same_however_the_training_set_is_cut(kind: str, parts: int, projected: bool) -> None:
     case = make(oracles.mlp)
-    found = oracles.prepared(Exact(curvature="hessian"), case.curvature("hessian"), band)["matrix"]
-    np.testing.assert_allclose(found, dense(case, "hessian"), rtol=1e-10, atol=1e-12)
+    if projected:
+        case = replace(case, projection=Projection(dim=20))
+    columns = case.function.flatten(case.function.unprojected().unflatten(torch.eye(43, dtype=torch.float64)))
+    expected = columns.T @ (dense(case, kind) - torch.diag(oracles.penalty(case))) @ columns
+    found = oracles.prepared(Exact(curvature=kind), case.curvature(kind), parts)["matrix"]
+    np.testing.assert_allclose(found, expected + torch.diag(case.function.l2()), rtol=1e-10, atol=1e-12)
 
 
 @EVERY
-def test_what_is_prepared_has_the_distance_from_an_optimum(name: str) -> None:
+@pytest.mark.parametrize("blocks", [1, 5, 12])
+def test_what_is_prepared_has_the_distance_from_an_optimum(name: str, blocks: int) -> None:
     case = make(oracles.mlp)
-    found = oracles.prepared(TABLE[name](), case.curvature("ggn"))
+    found = oracles.prepared(TABLE[name](), case.curvature("ggn"), blocks)
     expected = gradients(case).mean(0) + oracles.penalty(case) * case.theta
     assert float(found["gradient_norm"]) == pytest.approx(float(expected.norm()), rel=1e-10)
+
+
+@KINDS
+@pytest.mark.parametrize("parts", [1, 5, 12])
+def test_the_mean_eigenvalue_is_that_of_the_same_probes_however_the_training_set_is_cut(kind: str, parts: int) -> None:
+    case = make(oracles.mlp)
+    matrix, signs = dense(case, kind), random_signs(PROBES, 43, case.theta, seed=0)
+    found = oracles.prepared(Cg(curvature=kind), case.curvature(kind), parts=parts)["mean_eigenvalue"]
+    assert float(found) == pytest.approx(float((signs @ matrix * signs).sum()) / PROBES / 43, rel=1e-10)
+
+
+@given(st.integers(1, 100), st.integers(1, 100))
+def test_every_training_sample_is_in_the_part_of_exactly_one_block(count: int, parts: int) -> None:
+    case = make(oracles.mlp)
+    curvature = Curvature(case.function, Data(torch.zeros(count)), "ggn", 4, 2**20)
+    for solver in (Cg(), Exact()):
+        stage = Prepare(solver, curvature, parts)
+        assert [i for block in stage.grid for i in stage.part(block)] == list(range(count))
 
 
 # ---- cg ------------------------------------------------------------------------------------------------------------
