@@ -21,7 +21,7 @@ from torch.func import grad, vjp, vmap
 from stages import work
 from stages.batch import only_tensors, shapes, size, split
 from stages.grad_z import loop, refuse_infinite
-from stages.grad_z.choose import TOLERANCE, naming, refuse_memory, relative_difference
+from stages.grad_z.choose import TOLERANCE, advice, naming, reason, refuse_memory, relative_difference
 from stages.jacobian import ggn_products
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch, Progress, Report, Samples, StageError, silent
@@ -157,7 +157,7 @@ class Curvature:
                 what = str(error).partition("\n")[0] or type(error).__name__
                 raise StageError(
                     f"curvature = {self.kind!r} needs derivatives that this model does not give "
-                    f"({what}): replace that operation, choose parameters behind it, or use "
+                    f"({what}): {advice(error) or 'replace that operation'}; or choose parameters behind it, or use "
                     'solver = "identity"'
                 ) from error
 
@@ -187,7 +187,7 @@ class Curvature:
             found = ggn_products(self.function, few, vectors_TD, PROBES)
         except Exception as error:  # noqa: BLE001 - vmap's refusals have many types; the linearisation is always right
             refuse_memory(error)
-            log.info("products without the Jacobian: vmap cannot follow this model (%s)", str(error).split("\n")[0])
+            log.info("products without the Jacobian: vmap cannot follow this model: %s", reason(error))
             return False
         difference = relative_difference(found, expected)
         if not difference <= TOLERANCE.get(self.function.coarsest, 0.05):

@@ -70,14 +70,16 @@ class Hooks:
     Attributes:
         names: the parameters that are done by hooks.
         other: the technique for all others, and for a batch that layers are called on in another way.
+        shared: those of ``names`` whose layers are called once for all samples alike.
     """
 
     names: frozenset[str]
     other: Technique
+    shared: frozenset[str] = frozenset()
 
     def __call__(self, function: ModelFunction, values: Values, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return each sample's gradient (B, D) and value (B,)."""
-        out_BD, results, unfit = gradients(function, values, batch, self.names)
+        out_BD, results, unfit = gradients(function, values, batch, self.names, self.shared)
         if unfit:
             log.info("a batch without layer hooks, which do not follow %s there", ", ".join(sorted(unfit)))
             return self.other(function, values, batch)
@@ -112,15 +114,24 @@ def owners(function: ModelFunction) -> list[Owner]:
 
 
 @contextmanager
-def recording(owned: list[Owner], count: int) -> Iterator[Recording]:
-    """Have hooks on modules record their calls on ``count`` samples, and take the hooks away afterwards."""
+def recording(owned: list[Owner], count: int, shared: frozenset[str]) -> Iterator[Recording]:
+    """Have hooks on modules record their calls on ``count`` samples, and take the hooks away afterwards.
+
+    What layers with ``shared`` parameters give for all samples alike is spread over them: as every sample's own copy,
+    so that it has a gradient for each.
+    """
     seen = Recording()
 
     def hook_of(owner: Owner) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if not output.requires_grad:  # nothing that is differentiated comes of it
                 return None
-            inputs = args[0] if args else kwargs["input"]
+            inputs = next(iter((*args, *kwargs.values())))
+            if shared & set(owner.names.values()):
+                if inputs.ndim == 1:  # positions alone
+                    inputs, output = inputs.unsqueeze(0), output.unsqueeze(0)
+                if len(inputs) == 1:
+                    inputs, output = (one.expand(count, *one.shape[1:]) for one in (inputs, output))
             if not owner.layer.takes(module, inputs, count):
                 seen.unfit.update(owner.names.values())
                 return None
@@ -140,7 +151,7 @@ def recording(owned: list[Owner], count: int) -> Iterator[Recording]:
 
 
 def gradients(
-    function: ModelFunction, values: Values, batch: Batch, names: frozenset[str]
+    function: ModelFunction, values: Values, batch: Batch, names: frozenset[str], shared: frozenset[str] = frozenset()
 ) -> tuple[Tensor, Tensor, set[str]]:
     """Compute the gradients of some parameters by hooks.
 
@@ -149,6 +160,7 @@ def gradients(
         values: what is differentiated.
         batch: the samples.
         names: the parameters.
+        shared: those of them whose layers are called once for all samples alike.
 
     Returns:
         Gradients (B, D), whose columns are not filled for other parameters than ``names`` less the last value;
@@ -157,7 +169,7 @@ def gradients(
     count = size(batch)
     owned = [owner for owner in owners(function) if names & set(owner.names.values())]
     params = {n: p.detach().requires_grad_() if n in names else p for n, p in function.params.items()}
-    with torch.enable_grad(), recording(owned, count) as seen:
+    with torch.enable_grad(), recording(owned, count, shared) as seen:
         results = values(params, batch)
     edges = [call.edge for call in seen.calls]
     grads: tuple[Tensor | None, ...] = ()

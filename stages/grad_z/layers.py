@@ -12,6 +12,7 @@ convolution, the patch of one group), ``O`` that come out, ``C`` channels, ``G``
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +36,13 @@ class Layer:
         write: fills one parameter's gradients.
         sample_dims: dimensions of one sample's inputs, at least.
         usable: says whether a module's options are among those that ``write`` knows.
+        shareable: one call may serve all samples alike, as a table of positions is looked up in.
     """
 
     write: Write
     sample_dims: Callable[[Any], int]
     usable: Callable[[Any], bool] = lambda module: True
+    shareable: bool = False
 
     def takes(self, module: nn.Module, inputs: object, count: int) -> bool:
         """Say whether the inputs of one call are ``count`` samples, with the batch first."""
@@ -54,13 +57,19 @@ def layer_of(module: nn.Module) -> Layer | None:
     A class of its own is known where it takes the forward pass of a known one as it is.
     """
     forward = getattr(module.forward, "__func__", None)
-    for kind, layer in LAYERS.items():
+    for kind, layer in (*LAYERS.items(), *_of_transformers()):
         if isinstance(module, kind) and forward is kind.forward:
             return layer if layer.usable(module) else None
     return None
 
 
-def write_linear(module: nn.Linear, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
+def _of_transformers() -> list[tuple[type[nn.Module], Layer]]:
+    """Return GPT-2's linear layer, whose weight lies transposed, where transformers was imported."""
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return [] if kind is None else [(kind, Layer(write_transposed_linear, lambda module: 1))]
+
+
+def write_linear(module: nn.Module, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
     """Fill a gradient of y = x Wᵀ + b, summed over all positions that share the weight."""
     grads_BPO = grads.reshape(len(grads), -1, grads.shape[-1])
     if name == "bias":
@@ -68,6 +77,14 @@ def write_linear(module: nn.Linear, name: str, inputs: Tensor, grads: Tensor, ou
     else:
         inputs_BPI = inputs.reshape(len(inputs), -1, inputs.shape[-1])
         torch.bmm(grads_BPO.transpose(1, 2), inputs_BPI, out=out)
+
+
+def write_transposed_linear(module: nn.Module, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
+    """Fill a gradient of y = x W + b, summed over all positions that share the weight."""
+    if name == "bias":
+        write_linear(module, name, inputs, grads, out)
+    else:
+        write_linear(module, name, grads, inputs, out)
 
 
 def write_convolution(module: Any, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
@@ -165,7 +182,7 @@ LAYERS: dict[type[nn.Module], Layer] = {
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
     nn.Conv3d: _convolution,
-    nn.Embedding: Layer(write_embedding, lambda module: 0, has_plain_rows),
+    nn.Embedding: Layer(write_embedding, lambda module: 0, has_plain_rows, shareable=True),
     nn.LayerNorm: Layer(write_layer_norm, lambda module: len(module.normalized_shape)),
     nn.GroupNorm: Layer(write_group_norm, lambda module: 1),
     nn.BatchNorm1d: _batch_norm,
