@@ -112,11 +112,13 @@ class _Outputs(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         outputs = self.task.outputs(self.model, batch)
         if not isinstance(outputs, Tensor):
-            entries = f" of {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
+            named = list(outputs) if isinstance(outputs, Mapping) else []
+            entries = f" of {', '.join(map(str, named))}" if named else ""
+            which = repr(named[0]) if named else "0"
             raise StageError(
                 f"Task.outputs must return a tensor, got {type(outputs).__name__}{entries}: write a Task whose "
                 "`outputs(self, model, batch)` picks the tensor that the loss is computed from, as in "
-                "`return model(batch[0])[0]`"
+                f"`return super().outputs(model, batch)[{which}]`"
             )
         return outputs
 

@@ -50,6 +50,10 @@ ADVICE = {
     "saved tensor hooks": _CHECKPOINT,
     "None of the inputs have requires_grad": _CHECKPOINT,
     "torch.utils.checkpoint": _CHECKPOINT,
+    "call Tensor.requires_grad_()": (
+        "something calls requires_grad_() in the forward pass, as a model of transformers does that is set up to save "
+        "memory: model.gradient_checkpointing_disable() and model.disable_input_require_grads()"
+    ),
     "setup_context": (
         "an autograd.Function of the model is not made for torch.func: give it a setup_context, and a backward of "
         "differentiable operations"

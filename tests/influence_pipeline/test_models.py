@@ -242,6 +242,13 @@ def test_samples_of_transformers_are_mappings(kind: Callable[[Any], Any], tmp_pa
     np.testing.assert_array_equal(found, expected)
 
 
+def test_lists_of_tokens_are_rows() -> None:
+    samples = [{"input_ids": [i, 1, 2], "words": ["a", "b"], "labels": i} for i in range(3)]
+    batch = DataSet(samples, "train").batch([0, 2])  # type: ignore[arg-type]
+    assert batch["input_ids"].tolist() == [[0, 1, 2], [2, 1, 2]]
+    assert batch["labels"].tolist() == [0, 2]
+
+
 def test_mappings_within_samples_become_dicts() -> None:
     samples = [(transformers().BatchEncoding({"x": torch.ones(2) * i}), i) for i in range(3)]
     batch = DataSet(samples, "train").batch([0, 2])  # type: ignore[arg-type]
@@ -404,6 +411,13 @@ class ReentrantFirst(Reentrant):
     first_of_all = True
 
 
+class Demanding(Net):
+    """As a model of transformers with gradient checkpointing switched on, in eval() mode."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self.first(x).requires_grad_())
+
+
 class Fused(Net):
     def forward(self, x: Tensor) -> Any:
         parts = self.first(x).view(-1, 1, 2, 2)
@@ -423,11 +437,12 @@ def by_batch() -> nn.Module:
 
 
 CANNOT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "tuple": (Tuple, r"got tuple: write a Task whose .* as in `return model\(batch\[0\]\)\[0\]`"),
-    "mapping": (Hidden, "got dict of last_hidden_state: write a Task"),
+    "tuple": (Tuple, r"got tuple: write a Task whose .* as in `return super\(\).outputs\(model, batch\)\[0\]`"),
+    "mapping": (Hidden, r"got dict of last_hidden_state: write a Task .*batch\)\['last_hidden_state'\]`"),
     "checkpoint": (Checkpointed, r"needs derivatives .*: a layer is checkpointed, .* without torch.utils.checkpoint"),
     "reentrant": (Reentrant, "a layer is checkpointed, .* without torch.utils.checkpoint"),
     "reentrant first": (ReentrantFirst, r"Gradients will be None\n  .*test_models.*\na layer is checkpointed, .*"),
+    "demanding": (Demanding, "needs derivatives .*: something calls requires_grad_.*disable_input_require_grads"),
     "fused": (Fused, r"needs derivatives .*: fused attention has no second derivative: .*\(sdpa_kernel\) out of"),
     "deciding": (Deciding, "differs by .* an `if` on values of the whole batch"),
     "batch norm": (by_batch, "body.1 normalises over the batch, .* track_running_stats=True, or with GroupNorm"),
