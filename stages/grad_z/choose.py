@@ -93,9 +93,8 @@ def advice(error: Exception) -> str:
 
 def describe(error: Exception) -> str:
     """Return an error's type and text, with the lines of the user's code that it came from and what would mend it."""
-    places = "".join(f"\n  {frame.filename}, line {frame.lineno}: {frame.line}" for frame in _own(error)[-3:])
-    change = advice(error)
-    return f"{type(error).__name__}: {error}{places}{change and f'{chr(10)}{change}'}"
+    places = [f"  {frame.filename}, line {frame.lineno}: {frame.line}" for frame in _own(error)[-3:]]
+    return "\n".join(filter(None, [f"{type(error).__name__}: {error}", *places, advice(error)]))
 
 
 def reason(error: Exception) -> str:
