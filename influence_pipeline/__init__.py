@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from influence_pipeline.pipeline import Pipeline
     from influence_pipeline.samples import per_class
     from influence_pipeline.settings import Settings
-    from influence_pipeline.task import Classification, Regression, Task
+    from influence_pipeline.task import Classification, LanguageModel, Regression, Task
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ _HOMES = {
     "Experiment": "experiment",
     "InfluenceError": "errors",
     "Influences": "influences",
+    "LanguageModel": "task",
     "MissingStage": "errors",
     "Pipeline": "pipeline",
     "Regression": "task",
@@ -50,6 +51,7 @@ __all__ = [
     "Experiment",
     "InfluenceError",
     "Influences",
+    "LanguageModel",
     "MissingStage",
     "Pipeline",
     "Regression",

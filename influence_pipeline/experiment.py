@@ -102,6 +102,7 @@ class Experiment:
                     f"model must be a torch.nn.Module or a function that makes one, got {type(made).__name__}"
                 )
             self._model = made
+        self._model = _unwrapped(self._model)
         return self._model
 
     @property
@@ -164,6 +165,17 @@ class Experiment:
         if isinstance(data, PerClass):
             return np.asarray(data.indices, dtype=np.int64)
         return np.arange(check_dataset(data, name), dtype=np.int64)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside what ``torch.compile`` and data parallel training wrap around one."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 def _whole(value: Any) -> bool:

@@ -271,7 +271,7 @@ class DataSet:
 
     def _collated(self, samples: list[Any]) -> Batch:
         try:
-            batch = (self._collate or default_collate)([_to_dict(sample) for sample in samples])
+            batch = (self._collate or _collate)([_to_dict(sample) for sample in samples])
         except Exception as error:
             raise RequestError(
                 f"data set {self.name!r}: its samples cannot be collated ({type(error).__name__}: {error}). "
@@ -409,6 +409,22 @@ def per_class(dataset: Dataset[Any], num: int, start: int = 0) -> PerClass:
             + ", ".join(f"{count} of class {label}" for label, count in sorted(short.items()))
         )
     return PerClass(dataset, [i for label in sorted(positions) for i in positions[label][start : start + num]])
+
+
+def _collate(samples: list[Any]) -> Any:
+    """Collate as PyTorch does, but for lists of numbers in mappings, as tokenizers give: they are rows of a tensor."""
+    return default_collate([_rows_to_tensors(sample) for sample in samples])
+
+
+def _rows_to_tensors(sample: Any) -> Any:
+    if not isinstance(sample, dict):
+        return sample
+    return {
+        key: torch.tensor(value)
+        if isinstance(value, list) and value and all(isinstance(entry, (bool, int, float)) for entry in value)
+        else value
+        for key, value in sample.items()
+    }
 
 
 def _to_dict(tree: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from influence_pipeline.errors import RequestError
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
 """Where a batch that is a mapping has its targets."""
+_IGNORED = -100  # as in torch's cross_entropy
 
 
 def targets_of(batch: Any) -> Any:
@@ -59,15 +60,15 @@ class Task:
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         """Return what the loss is a function of, (B, …).
 
-        By default ``model(batch[0])``. For a mapping, ``model(**rest)`` with the entries that are no labels, and
-        ``.logits`` of the result where it has that.
+        By default ``model(batch[0])``; for a mapping, ``model(**rest)`` with the entries that are no labels. Of a
+        result that has ``logits``, these.
         """
         if isinstance(batch, Mapping):
             result = model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
-            logits: Tensor = getattr(result, "logits", result)
-            return logits
-        outputs: Tensor = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-        return outputs
+        else:
+            result = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        logits: Tensor = getattr(result, "logits", result)
+        return logits
 
     def losses(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return the training loss of each sample, (B,)."""
@@ -154,6 +155,77 @@ class Regression(Task):
             )
         squares: Tensor = (outputs - targets.reshape(outputs.shape)).square()
         return squares.flatten(1).sum(1) if squares.ndim > 1 else squares
+
+
+class LanguageModel(Task):
+    """Cross-entropy of each next token, of logits (B, S, vocabulary): the loss of a sequence of S tokens.
+
+    A batch is a mapping as models of transformers take it, or ``input_ids`` (B, S) alone, or a tuple of them and their
+    labels. Position s of the logits predicts token s + 1 of ``labels``, where -100 counts for nothing; without labels,
+    of ``input_ids`` where ``attention_mask`` is 1. An entry ``token_weights`` (B, S) weighs the losses of these tokens.
+
+    Attributes:
+        reduction: "mean" over a sequence's counted tokens, by their weights, or "sum"; 0 where none counts.
+    """
+
+    def __init__(self, l2: float | dict[str, float] = 0.0, reduction: Literal["mean", "sum"] = "mean") -> None:
+        """Set the weight of the quadratic penalty, and what is made of a sequence's losses.
+
+        Raises:
+            RequestError: there is no such reduction.
+        """
+        if reduction not in {"mean", "sum"}:
+            raise RequestError(f'LanguageModel: reduction must be "mean" or "sum", got {reduction!r}')
+        self.l2 = l2
+        self.reduction = reduction
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the logits, (B, S, vocabulary)."""
+        if isinstance(batch, Mapping):
+            batch = {key: value for key, value in batch.items() if key != "token_weights"}
+        return super().outputs(model, batch)
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the loss of each sequence, (B,).
+
+        Raises:
+            RequestError: outputs, targets and weights do not fit one another.
+        """
+        targets = self._targets(batch)
+        weights = batch.get("token_weights") if isinstance(batch, Mapping) else None
+        shapes = [tuple(tensor.shape) for tensor in (outputs, targets, *([] if weights is None else [weights]))]
+        if outputs.ndim != 3 or any(shape != shapes[0][:2] for shape in shapes[1:]):
+            raise RequestError(
+                "LanguageModel: logits (B, S, vocabulary), targets (B, S) and token_weights (B, S) are needed, "
+                f"got {', '.join(map(str, shapes))}"
+            )
+        targets = targets[:, 1:]
+        each = functional.cross_entropy(outputs[:, :-1].transpose(1, 2), targets, reduction="none")
+        counted = (targets != _IGNORED).to(each.dtype) * (1 if weights is None else weights[:, 1:].to(each.dtype))
+        totals = (each * counted).sum(1)
+        if self.reduction == "sum":
+            return totals
+        shares = counted.sum(1)
+        return totals / torch.where(shares == 0, 1, shares)
+
+    @staticmethod
+    def _targets(batch: Any) -> Tensor:
+        """Return the tokens that are to be predicted, (B, S), and -100 where none is.
+
+        Raises:
+            RequestError: the batch has no tokens.
+        """
+        if not isinstance(batch, Mapping):
+            found = batch if isinstance(batch, Tensor) else batch[min(1, len(batch) - 1)]
+        elif any(key in batch for key in LABEL_KEYS):
+            found = targets_of(batch)
+        elif "input_ids" in batch:
+            mask = batch.get("attention_mask")
+            found = batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, _IGNORED)
+        else:
+            raise RequestError(f"LanguageModel: a batch has neither labels nor input_ids; it has {tuple(batch)}")
+        targets: Tensor = found
+        return targets
 
 
 class _FromLoss(Task):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from digits import digits
+from digits import Digits, digits
 from train import FOLDER, train
 
 import influence_pipeline as ip
@@ -28,7 +28,7 @@ def main() -> None:
     solutions = pipeline.s_test("trusted")
     print(f"s_test     {solutions.seconds:.1f} s", flush=True)
     influences = pipeline.influence("trusted")
-    show(influences)
+    show(influences, digits(flipped=0.1, held_out=0))
 
     cache = pipeline.cache.path.resolve()
     command = shutil.which("influence-pipeline") or Path(sys.executable).with_name("influence-pipeline")
@@ -39,9 +39,8 @@ def main() -> None:
     )
 
 
-def show(influences: ip.Influences) -> None:
-    """Print the most harmful ids, and how many of them have wrong labels."""
-    data = digits(flipped=0.1, held_out=0)
+def show(influences: ip.Influences, data: Digits) -> None:
+    """Print the most harmful ids of a training set of digits, and how many of them have wrong labels."""
     given, true, wrong = data.train.tensors[1], data.true_labels, set(data.flipped.tolist())
     ids, scores = influences.harmful_on_average(len(wrong))
     total = len(influences.train_ids)

@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -55,9 +56,9 @@ def to_optimum(model: nn.Module, task: ip.Task, data: Dataset) -> None:
     model.float()
 
 
-def by_adam(model: nn.Module, task: ip.Task, data: Dataset, epochs: int = 20) -> None:
+def by_adam(model: nn.Module, task: ip.Task, data: Dataset, epochs: int = 20, step: float = 2e-3) -> None:
     """Minimise the same by Adam, over batches of 64, with a step that falls to zero."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=step)
     loader = DataLoader(data, 64, shuffle=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
     for _ in range(epochs):
@@ -77,6 +78,8 @@ EXAMPLES: dict[str, Callable[[nn.Module, ip.Task, Dataset], None]] = {
     "digits_logistic": to_optimum,
     "digits_cnn": by_adam,
     "diabetes": to_optimum,
+    "images": partial(by_adam, epochs=6, step=1e-3),
+    "text": partial(by_adam, epochs=80),
 }
 
 

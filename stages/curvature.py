@@ -21,7 +21,8 @@ from torch.func import grad, vjp, vmap
 from stages import work
 from stages.batch import only_tensors, shapes, size, split
 from stages.grad_z import loop, refuse_infinite
-from stages.grad_z.choose import TOLERANCE, naming, refuse_memory, relative_difference
+from stages.grad_z.choose import TOLERANCE, advice, choose, naming, reason, refuse_memory, relative_difference
+from stages.grad_z.hooks import Hooks
 from stages.jacobian import Linearised, ggn_products, linearised
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch, Progress, Report, Samples, StageError, silent
@@ -60,6 +61,7 @@ class Curvature:
     memory_bytes: int
     _work: dict[str, work.Work] = field(init=False, default_factory=dict)
     _jacobian: bool | None = field(init=False, default=None)
+    _hooks: Hooks | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Resolve the quadratic penalty once."""
@@ -147,7 +149,7 @@ class Curvature:
         found: list[Linearised] = []
         with closing(self.samples.batches(ids, sizes.samples_together(self.together))) as batches:
             for batch in batches:
-                found += linearised(self.function, batch, size(batch))
+                found += linearised(self.function, batch, size(batch), self._hooks)
         return found
 
     def _refuse_infinite(self, total_TD: Tensor, vectors_TD: Tensor, ids: Sequence[int]) -> None:
@@ -217,7 +219,8 @@ class Curvature:
             for batch in batches:
                 sizes = self._sizes(batch)
                 if sizes.jacobian_fits(self.together) and self._may_use_jacobian(batch, signs):
-                    for part in linearised(self.function, batch, sizes.samples_together(self.together)):
+                    together = sizes.samples_together(self.together)
+                    for part in linearised(self.function, batch, together, self._hooks):
                         part.add_matrix(total_DD)
                 else:
                     product = self._sum(batch)
@@ -258,7 +261,8 @@ class Curvature:
             try:
                 sizes = self._sizes(batch)
                 if sizes.jacobian_pays(len(vectors_TD), self.together) and self._may_use_jacobian(batch, vectors_TD):
-                    return ggn_products(self.function, batch, vectors_TD, sizes.samples_together(self.together))
+                    together = sizes.samples_together(self.together)
+                    return ggn_products(self.function, batch, vectors_TD, together, self._hooks)
                 linear = linear or self._linear(batch)
                 return self._products(linear, sizes.vectors_together(self.together), vectors_TD)
             except StageError:
@@ -270,7 +274,7 @@ class Curvature:
                 what = str(error).partition("\n")[0] or type(error).__name__
                 raise StageError(
                     f"curvature = {self.kind!r} needs derivatives that this model does not give "
-                    f"({what}): replace that operation, choose parameters behind it, or use "
+                    f"({what}): {advice(error) or 'replace that operation'}; or choose parameters behind it, or use "
                     'solver = "identity"'
                 ) from error
 
@@ -292,21 +296,28 @@ class Curvature:
         return self._jacobian
 
     def _jacobian_is_right(self, batch: Batch, vectors_TD: Tensor) -> bool:
-        """Compare both ways on a few samples."""
+        """Find a way to the Jacobian that gives the same products on a few samples.
+
+        That is ``vmap``, then layer hooks where these follow every parameter; hooks alone where they project.
+        """
         tensors, join = split(batch)
         few = join([tensor[:PROBES] for tensor in tensors])
         expected = self._products(self._linear(few), 1, vectors_TD)
-        try:
-            found = ggn_products(self.function, few, vectors_TD, PROBES)
-        except Exception as error:  # noqa: BLE001 - vmap's refusals have many types; the linearisation is always right
-            refuse_memory(error)
-            log.info("products without the Jacobian: vmap cannot follow this model (%s)", str(error).split("\n")[0])
-            return False
-        difference = relative_difference(found, expected)
-        if not difference <= TOLERANCE.get(self.function.coarsest, 0.05):
+        hooks = choose(self.function, self.function.losses, few)
+        ways = [hooks] if isinstance(hooks, Hooks) and hooks.names == frozenset(self.function.params) else []
+        for way in ways if ways and self.function.projected else [None, *ways]:
+            try:
+                found = ggn_products(self.function, few, vectors_TD, PROBES, way)
+            except Exception as error:  # noqa: BLE001 - vmap's refusals have many types; the linearisation is always right
+                refuse_memory(error)
+                log.info("products without the Jacobian by vmap, which cannot follow this model: %s", reason(error))
+                continue
+            difference = relative_difference(found, expected)
+            if difference <= TOLERANCE.get(self.function.coarsest, 0.05):
+                self._hooks = way
+                return True
             log.warning("products without the Jacobian: they differ by %.2g", difference)
-            return False
-        return True
+        return False
 
     def _products(self, one: Callable[[Parameters], Parameters], together: int, vectors_TD: Tensor) -> Tensor:
         """Apply a linear map to each row, some at once."""

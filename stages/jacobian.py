@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from stages.batch import split
-from stages.grad_z.hooks import formed
+from stages.grad_z.hooks import Hooks
 from stages.grad_z.hooks import jacobian as by_hooks
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch
@@ -22,15 +22,15 @@ MATRIX_ROWS = 1024
 """Rows of a dense matrix that are added to at once."""
 
 
-def jacobian(function: ModelFunction, batch: Batch) -> tuple[Tensor, Tensor]:
+def jacobian(function: ModelFunction, batch: Batch, hooks: Hooks | None = None) -> tuple[Tensor, Tensor]:
     """Return each sample's Jacobian (B, K, D) and outputs (B, …).
 
-    By layer hooks where these project it before it is formed, otherwise every sample as a batch of its own.
+    By layer hooks where these are given and follow the batch, otherwise every sample as a batch of its own.
 
     Raises:
         RuntimeError: the model does something that ``vmap`` cannot follow.
     """
-    if formed(function) < function.entries and (found := by_hooks(function, batch)) is not None:
+    if hooks is not None and (found := by_hooks(function, batch, hooks)) is not None:
         return found
     tensors, join = split(batch)
 
@@ -75,7 +75,9 @@ class Linearised:
             into.addmm_(backward.reshape(columns.shape).to(rows.dtype), rows)
 
 
-def linearised(function: ModelFunction, batch: Batch, together: int) -> Iterator[Linearised]:
+def linearised(
+    function: ModelFunction, batch: Batch, together: int, hooks: Hooks | None = None
+) -> Iterator[Linearised]:
     """Yield a batch's parts of ``together`` samples with their Jacobian.
 
     Raises:
@@ -84,18 +86,20 @@ def linearised(function: ModelFunction, batch: Batch, together: int) -> Iterator
     tensors, join = split(batch)
     for pieces in zip(*(torch.split(tensor, together) for tensor in tensors), strict=True):
         part = join(list(pieces))
-        rows_BKD, outputs = jacobian(function, part)
+        rows_BKD, outputs = jacobian(function, part, hooks)
         yield Linearised(rows_BKD, _loss_curvature(function, part, outputs), outputs)
 
 
-def ggn_products(function: ModelFunction, batch: Batch, vectors_TD: Tensor, together: int) -> Tensor:
+def ggn_products(
+    function: ModelFunction, batch: Batch, vectors_TD: Tensor, together: int, hooks: Hooks | None = None
+) -> Tensor:
     """Return Σ JᵢᵀAᵢJᵢ v over a batch for each row v, (T, D), with the Jacobian of ``together`` samples at once.
 
     Raises:
         RuntimeError: the model does something that ``vmap`` cannot follow.
     """
     total_TD = torch.zeros_like(vectors_TD)
-    for part in linearised(function, batch, together):
+    for part in linearised(function, batch, together, hooks):
         part.add_products(vectors_TD, total_TD)
     return total_TD
 

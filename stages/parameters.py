@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import fnmatch
 import functools
+import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -73,16 +75,31 @@ def select(model: nn.Module, globs: Sequence[str]) -> dict[str, nn.Parameter]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into ``eval()`` mode, and back into the mode that it had.
 
-    Attention takes the plain kernel meanwhile: the fused ones have no second derivative.
+    Meanwhile everything is done by plain operations that can be differentiated twice: attention by the plain kernel,
+    PyTorch's transformer layers without their inference path, recurrent layers without cuDNN, and what was compiled
+    as it was before. A reentrant checkpoint, which drops gradients, is an error.
     """
     modes = {module: module.training for module in model.modules()}
+    recurrent = any(isinstance(module, nn.RNNBase) for module in modes)
+    fastpath, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     model.eval()
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), _uncompiled():
+            torch.backends.mha.set_fastpath_enabled(False)
+            torch.backends.cudnn.enabled = cudnn and not recurrent
+            warnings.filterwarnings("error", "None of the inputs have requires_grad")
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.backends.cudnn.enabled = cudnn
         for module, training in modes.items():
             module.training = training
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Have what ``torch.compile`` made run as it was before; its compiler is not loaded for that."""
+    stance = getattr(torch.compiler, "set_stance", None)  # not before torch 2.6
+    return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()
 
 
 class _Outputs(nn.Module):
@@ -96,9 +113,13 @@ class _Outputs(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         outputs = self.task.outputs(self.model, batch)
         if not isinstance(outputs, Tensor):
+            named = list(outputs) if isinstance(outputs, Mapping) else []
+            entries = f" of {', '.join(map(str, named))}" if named else ""
+            which = repr(named[0]) if named else "0"
             raise StageError(
-                f"Task.outputs must return a tensor, got {type(outputs).__name__}: write a Task whose "
-                "`outputs(model, batch)` picks the tensor that the loss is computed from"
+                f"Task.outputs must return a tensor, got {type(outputs).__name__}{entries}: write a Task whose "
+                "`outputs(self, model, batch)` picks the tensor that the loss is computed from, as in "
+                f"`return super().outputs(model, batch)[{which}]`"
             )
         return outputs
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.batch import only_tensors, shapes, size, take
 from stages.grad_z import hooks, loop, vmap
@@ -39,8 +39,35 @@ NOT_USERS = ("torch", "stages", "influence_pipeline")
 
 CAUSES = (
     "Usual causes: BatchNorm without running statistics (track_running_stats=False), a loss that averages over "
-    "the batch, attention across samples, dropout that ignores eval()."
+    "the batch, attention across samples, an `if` on values of the whole batch, dropout that ignores eval()."
 )
+
+_CHECKPOINT = (
+    "a layer is checkpointed, which saves memory only: call it without torch.utils.checkpoint "
+    "(model.gradient_checkpointing_disable() for a model of transformers)"
+)
+ADVICE = {
+    "saved tensor hooks": _CHECKPOINT,
+    "None of the inputs have requires_grad": _CHECKPOINT,
+    "torch.utils.checkpoint": _CHECKPOINT,
+    "call Tensor.requires_grad_()": (
+        "something calls requires_grad_() in the forward pass, as a model of transformers does that is set up to save "
+        "memory: model.gradient_checkpointing_disable() and model.disable_input_require_grads()"
+    ),
+    "setup_context": (
+        "an autograd.Function of the model is not made for torch.func: give it a setup_context, and a backward of "
+        "differentiable operations"
+    ),
+    "data-dependent control flow": (
+        "the model asks for the value of a tensor (an `if`, or .item()): use torch.where there; "
+        'a decoder of transformers does without, made with attn_implementation="eager"'
+    ),
+    "_scaled_dot_product": (
+        "fused attention has no second derivative: leave the choice of its kernel (sdpa_kernel) out of the model"
+    ),
+    "vmap: called random operation": "the model draws random numbers in eval() mode: give F.dropout its `training`",
+}
+"""What is wrong with a model and the change that mends it, by a part of what torch says."""
 
 
 def relative_difference(found: Tensor, expected: Tensor, largest: float = 0.0) -> float:
@@ -59,14 +86,28 @@ def relative_difference(found: Tensor, expected: Tensor, largest: float = 0.0) -
     return float((found - expected).abs().max()) / largest if largest else 0.0
 
 
+def advice(error: Exception) -> str:
+    """Return what is to be changed in a model that raised this; nothing where that is not known."""
+    return next((change for part, change in ADVICE.items() if part in str(error)), "")
+
+
 def describe(error: Exception) -> str:
-    """Return an error's type and text, with the line of the user's code that it came from."""
+    """Return an error's type and text, with the lines of the user's code that it came from and what would mend it."""
+    places = [f"  {frame.filename}, line {frame.lineno}: {frame.line}" for frame in _own(error)[-3:]]
+    return "\n".join(filter(None, [f"{type(error).__name__}: {error}", *places, advice(error)]))
+
+
+def reason(error: Exception) -> str:
+    """Return why a model cannot be followed, in a line: what would mend it, or what torch says; and where."""
+    places = "".join(f", at {frame.filename}, line {frame.lineno}: {frame.line}" for frame in _own(error)[-1:])
+    return (advice(error) or str(error).partition("\n")[0] or type(error).__name__) + places
+
+
+def _own(error: Exception) -> list[traceback.FrameSummary]:
     steps = traceback.walk_tb(error.__traceback__)
     names = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in steps]
     frames = zip(names, traceback.extract_tb(error.__traceback__), strict=True)
-    own = [frame for name, frame in frames if name not in NOT_USERS]
-    places = "".join(f"\n  {frame.filename}, line {frame.lineno}: {frame.line}" for frame in own[-3:])
-    return f"{type(error).__name__}: {error}{places}"
+    return [frame for name, frame in frames if name not in NOT_USERS]
 
 
 def refuse_memory(error: Exception) -> None:
@@ -111,6 +152,7 @@ def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> N
     with torch.no_grad():
         with naming(f"on a batch of {shapes(batch)}"):
             together = values(function.params, batch)
+        causes = _causes(function)
         try:
             alone = torch.cat([values(function.params, take(batch, index)) for index in range(size(batch))])
         except StageError:
@@ -119,7 +161,7 @@ def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> N
             refuse_memory(error)
             raise StageError(
                 f"in eval() mode the loss of {size(batch)} samples together can be computed, that of one alone "
-                f"cannot ({type(error).__name__}: {error}). {CAUSES}"
+                f"cannot ({type(error).__name__}: {error}). {causes}"
             ) from error
     if together.shape != alone.shape:
         raise StageError(
@@ -129,8 +171,23 @@ def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> N
     if difference > TOLERANCE.get(function.coarsest, 0.05):
         raise StageError(
             f"in eval() mode a sample's loss differs by {difference:.2g} (relative) with the samples around it, "
-            f"so it has no gradient of its own. {CAUSES}"
+            f"so it has no gradient of its own. {causes}"
         )
+
+
+def _causes(function: ModelFunction) -> str:
+    """Say why samples of this model may influence one another, and what to do about it."""
+    found = [
+        name
+        for name, module in function.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+    ]
+    if not found:
+        return CAUSES
+    return (
+        f"{', '.join(found[:3])}{', …' * (len(found) > 3)} normalises over the batch, having no running statistics: "
+        "train with track_running_stats=True, or with GroupNorm in its place."
+    )
 
 
 def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
@@ -152,24 +209,24 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     """
     with naming(f"in the gradients of a batch of {shapes(batch)}"):
         expected_BD, _ = loop.gradients(function, values, batch)
-    other = _whole(function, values, batch, expected_BD)
-    how = "by vmap" if other is vmap.gradients else "one sample at a time"
-    names = _followed(function, values, batch, expected_BD)
+    names, shared = _followed(function, values, batch, expected_BD)
     rest = ", ".join(name for name in function.params if name not in names)
+    other = _whole(function, values, batch, expected_BD, logging.INFO if rest else logging.DEBUG)
+    how = "by vmap" if other is vmap.gradients else "one sample at a time"
     few = sum(function.params[name].numel() for name in names) < MOST * function.entries
     if few or (rest and other is vmap.gradients and function.entries < SECOND_PASS):
         log.info("gradients %s: layer hooks do not follow %s", how, rest)
         return other
     log.info("gradients by layer hooks%s", rest and f"; {how} for {rest}")
-    return hooks.Hooks(names, other)
+    return hooks.Hooks(names, other, shared)
 
 
-def _whole(function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor) -> Technique:
-    """Return ``vmap`` where it gives what is expected, otherwise the loop."""
+def _whole(function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor, level: int) -> Technique:
+    """Return ``vmap`` where it gives what is expected, otherwise the loop; a refusal is logged on ``level``."""
     if not only_tensors(batch):
-        log.info("vmap is not used: the batch holds more than tensors")
+        log.log(level, "vmap is not used: the batch holds more than tensors")
         return loop.gradients
-    found_BD = _attempt("vmap", lambda: vmap.gradients(function, values, batch)[0])
+    found_BD = _attempt("vmap", lambda: vmap.gradients(function, values, batch)[0], level)
     if found_BD is None:
         return loop.gradients
     difference = relative_difference(found_BD, expected_BD)
@@ -179,10 +236,28 @@ def _whole(function: ModelFunction, values: Values, batch: Batch, expected_BD: T
     return vmap.gradients
 
 
-def _followed(function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor) -> frozenset[str]:
-    """Return the parameters whose gradients by layer hooks are what is expected."""
-    known = frozenset(name for owner in hooks.owners(function) for name in owner.names.values())
-    attempt = _attempt("layer hooks", lambda: hooks.gradients(function, values, batch, known))
+def _followed(
+    function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the parameters whose gradients by layer hooks are what is expected; and those that all samples share."""
+    owned = hooks.owners(function)
+    known = frozenset(name for owner in owned for name in owner.names.values())
+    names = _right(function, values, batch, expected_BD, known, frozenset())
+    tables = frozenset(name for owner in owned if owner.layer.shareable for name in owner.names.values()) - names
+    shared = _right(function, values, batch, expected_BD, tables, tables) if tables else tables
+    return names | shared, shared
+
+
+def _right(
+    function: ModelFunction,
+    values: Values,
+    batch: Batch,
+    expected_BD: Tensor,
+    names: frozenset[str],
+    shared: frozenset[str],
+) -> frozenset[str]:
+    """Return those of ``names`` whose gradients by layer hooks are what is expected."""
+    attempt = _attempt("layer hooks", lambda: hooks.gradients(function, values, batch, names, shared))
     if attempt is None:
         return frozenset()
     found_BD, _, unfit = attempt
@@ -195,11 +270,11 @@ def _followed(function: ModelFunction, values: Values, batch: Batch, expected_BD
         part = columns[name]
         return relative_difference(found_BD[:, part], expected_BD[:, part], largest) <= most
 
-    return frozenset(name for name in known - unfit if agrees(name))
+    return frozenset(name for name in names - unfit if agrees(name))
 
 
-def _attempt(what: str, compute: Callable[[], T]) -> T | None:
-    """Return a result, or nothing, with the reason in the log, where the model cannot be followed.
+def _attempt(what: str, compute: Callable[[], T], level: int = logging.INFO) -> T | None:
+    """Return a result, or nothing, with the reason in the log on ``level``, where the model cannot be followed.
 
     Raises:
         StageError: the task returned what has no gradients.
@@ -210,5 +285,5 @@ def _attempt(what: str, compute: Callable[[], T]) -> T | None:
         raise
     except Exception as error:  # noqa: BLE001 - refusals have many types; the loop is always right
         refuse_memory(error)
-        log.info("%s is not used: it cannot follow this model (%s)", what, str(error).split("\n")[0])
+        log.log(level, "%s cannot follow this model: %s", what, reason(error))
         return None

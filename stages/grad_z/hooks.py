@@ -71,14 +71,16 @@ class Hooks:
     Attributes:
         names: the parameters that are done by hooks.
         other: the technique for all others, and for a batch that layers are called on in another way.
+        shared: those of ``names`` whose layers are called once for all samples alike.
     """
 
     names: frozenset[str]
     other: Technique
+    shared: frozenset[str] = frozenset()
 
     def __call__(self, function: ModelFunction, values: Values, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return each sample's gradient (B, D) and value (B,)."""
-        out_BD, results, unfit = gradients(function, values, batch, self.names)
+        out_BD, results, unfit = gradients(function, values, batch, self.names, self.shared)
         if unfit:
             log.info("a batch without layer hooks, which do not follow %s there", ", ".join(sorted(unfit)))
             return self.other(function, values, batch)
@@ -114,15 +116,24 @@ def owners(function: ModelFunction) -> list[Owner]:
 
 
 @contextmanager
-def recording(owned: list[Owner], count: int) -> Iterator[Recording]:
-    """Have hooks on modules record their calls on ``count`` samples, and take the hooks away afterwards."""
+def recording(owned: list[Owner], count: int, shared: frozenset[str]) -> Iterator[Recording]:
+    """Have hooks on modules record their calls on ``count`` samples, and take the hooks away afterwards.
+
+    What layers with ``shared`` parameters give for all samples alike is spread over them: as every sample's own copy,
+    so that it has a gradient for each.
+    """
     seen = Recording()
 
     def hook_of(owner: Owner) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if not output.requires_grad:  # nothing that is differentiated comes of it
                 return None
-            inputs = args[0] if args else kwargs["input"]
+            inputs = next(iter((*args, *kwargs.values())))
+            if shared & set(owner.names.values()):
+                if inputs.ndim == 1:  # positions alone
+                    inputs, output = inputs.unsqueeze(0), output.unsqueeze(0)
+                if len(inputs) == 1:
+                    inputs, output = (one.expand(count, *one.shape[1:]) for one in (inputs, output))
             if not owner.layer.takes(module, inputs, count):
                 seen.unfit.update(owner.names.values())
                 return None
@@ -142,7 +153,7 @@ def recording(owned: list[Owner], count: int) -> Iterator[Recording]:
 
 
 def gradients(
-    function: ModelFunction, values: Values, batch: Batch, names: frozenset[str]
+    function: ModelFunction, values: Values, batch: Batch, names: frozenset[str], shared: frozenset[str] = frozenset()
 ) -> tuple[Tensor, Tensor, set[str]]:
     """Compute the gradients of some parameters by hooks.
 
@@ -151,6 +162,7 @@ def gradients(
         values: what is differentiated.
         batch: the samples.
         names: the parameters.
+        shared: those of them whose layers are called once for all samples alike.
 
     Returns:
         Gradients (B, D), whose columns are not filled for other parameters than ``names`` less the last value;
@@ -159,7 +171,7 @@ def gradients(
     count = size(batch)
     owned = [owner for owner in owners(function) if names & set(owner.names.values())]
     params = {n: p.detach().requires_grad_() if n in names else p for n, p in function.params.items()}
-    with torch.enable_grad(), recording(owned, count) as seen:
+    with torch.enable_grad(), recording(owned, count, shared) as seen:
         results = values(params, batch)
     edges = [call.edge for call in seen.calls]
     grads: tuple[Tensor | None, ...] = ()
@@ -179,30 +191,28 @@ def gradients(
     return out_BD, results.detach(), seen.unfit & names
 
 
-def jacobian(function: ModelFunction, batch: Batch) -> tuple[Tensor, Tensor] | None:
+def jacobian(function: ModelFunction, batch: Batch, hooks: Hooks) -> tuple[Tensor, Tensor] | None:
     """Return each sample's Jacobian (B, K, D) and outputs (B, …), by a backward pass for each of their K entries.
 
     None where hooks do not follow every parameter on this batch.
     """
     count, names = size(batch), frozenset(function.params)
-    owned = owners(function)
-    if frozenset().union(*(owner.names.values() for owner in owned)) != names:
+    if hooks.names != names:
         return None
     params = {n: p.detach().requires_grad_() for n, p in function.params.items()}
-    with torch.enable_grad(), recording(owned, count) as seen:
+    with torch.enable_grad(), recording(owners(function), count, hooks.shared) as seen:
         outputs = function.outputs(params, batch)
         flat_BK = outputs.reshape(count, -1)
-    if seen.unfit or not outputs.requires_grad or any(c.inputs._version != c.version for c in seen.calls):
+    if seen.unfit or not outputs.requires_grad or any(call.inputs._version != call.version for call in seen.calls):
         return None
-    rows = []
+    rows_BKD = empty(function, count, flat_BK.shape[1])
+    edges = [call.edge for call in seen.calls]
     for entry in range(flat_BK.shape[1]):
-        grads = torch.autograd.grad(
-            flat_BK[:, entry].sum(), [call.edge for call in seen.calls], allow_unused=True, retain_graph=True
-        )
-        rows.append(empty(function, count))
+        grads = torch.autograd.grad(flat_BK[:, entry].sum(), edges, allow_unused=True, retain_graph=True)
         with torch.no_grad():
-            fill(rows[-1], function, [(c, g) for c, g in zip(seen.calls, grads, strict=True) if g is not None], names)
-    return torch.stack(rows, 1), outputs.detach()
+            known = [(call, grad) for call, grad in zip(seen.calls, grads, strict=True) if grad is not None]
+            fill(rows_BKD[:, entry], function, known, names)
+    return rows_BKD, outputs.detach()
 
 
 def formed(function: ModelFunction) -> int:
@@ -215,10 +225,10 @@ def formed(function: ModelFunction) -> int:
     return max(function.size, *(function.params[name].numel() for name in maps if name not in never), 0)
 
 
-def empty(function: ModelFunction, count: int) -> Tensor:
-    """Return room for the gradients of a batch, (B, D); zeros where several parameters are summed."""
+def empty(function: ModelFunction, *lead: int) -> Tensor:
+    """Return room for gradients, (*lead, D); zeros where several parameters are summed."""
     make = torch.empty if function.coordinates.separate else torch.zeros
-    return make(count, function.size, dtype=function.dtype, device=function.device)
+    return make(*lead, function.size, dtype=function.dtype, device=function.device)
 
 
 def fill(out_BD: Tensor, function: ModelFunction, calls: list[tuple[Call, Tensor]], names: frozenset[str]) -> None:

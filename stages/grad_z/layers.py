@@ -13,6 +13,7 @@ convolution, the patch of one group), ``O`` that come out, ``C`` channels, ``G``
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,14 @@ class Layer:
         sample_dims: dimensions of one sample's inputs, at least.
         usable: says whether a module's options are among those that ``write`` knows.
         factors: projects the weight's gradients before they are formed.
+        shareable: one call may serve all samples alike, as a table of positions is looked up in.
     """
 
     write: Write
     sample_dims: Callable[[Any], int]
     usable: Callable[[Any], bool] = lambda module: True
     factors: Factors | None = None
+    shareable: bool = False
 
     def takes(self, module: nn.Module, inputs: object, count: int) -> bool:
         """Say whether the inputs of one call are ``count`` samples, with the batch first."""
@@ -64,13 +67,23 @@ def layer_of(module: nn.Module) -> Layer | None:
     A class of its own is known where it takes the forward pass of a known one as it is.
     """
     forward = getattr(module.forward, "__func__", None)
-    for kind, layer in LAYERS.items():
+    for kind, layer in (*LAYERS.items(), *_of_transformers()):
         if isinstance(module, kind) and forward is kind.forward:
             return layer if layer.usable(module) else None
     return None
 
 
-def write_linear(module: nn.Linear, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
+def _of_transformers() -> list[tuple[type[nn.Module], Layer]]:
+    """Return GPT-2's linear layer, whose weight lies transposed, where transformers was imported."""
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return (
+        []
+        if kind is None
+        else [(kind, Layer(write_transposed_linear, lambda module: 1, factors=transposed_linear_factors))]
+    )
+
+
+def write_linear(module: nn.Module, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
     """Fill a gradient of y = x Wᵀ + b, summed over all positions that share the weight."""
     grads_BPO = grads.reshape(len(grads), -1, grads.shape[-1])
     if name == "bias":
@@ -80,7 +93,7 @@ def write_linear(module: nn.Linear, name: str, inputs: Tensor, grads: Tensor, ou
         torch.bmm(grads_BPO.transpose(1, 2), inputs_BPI, out=out)
 
 
-def linear_factors(module: nn.Linear, inputs: Tensor, grads: Tensor, one: Kronecker) -> tuple[Tensor, Tensor]:
+def linear_factors(module: nn.Module, inputs: Tensor, grads: Tensor, one: Kronecker) -> tuple[Tensor, Tensor]:
     """Project output gradients and inputs at every position."""
     rows_BPr = projected(grads.reshape(len(grads), -1, grads.shape[-1]), one.left)
     return rows_BPr.transpose(1, 2), projected(inputs.reshape(len(inputs), -1, inputs.shape[-1]), one.right)
@@ -89,6 +102,21 @@ def linear_factors(module: nn.Linear, inputs: Tensor, grads: Tensor, one: Kronec
 def projected(values: Tensor, side: Tensor | None) -> Tensor:
     """Project the last dimension, to (…, r); None where it stays."""
     return values if side is None else values @ side.to(values.dtype).T
+
+
+def write_transposed_linear(module: nn.Module, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
+    """Fill a gradient of y = x W + b, summed over all positions that share the weight."""
+    if name == "bias":
+        write_linear(module, name, inputs, grads, out)
+    else:
+        write_linear(module, name, grads, inputs, out)
+
+
+def transposed_linear_factors(
+    module: nn.Module, inputs: Tensor, grads: Tensor, one: Kronecker
+) -> tuple[Tensor, Tensor]:
+    """Project as for a linear layer, with inputs and output gradients in each other's place."""
+    return linear_factors(module, grads, inputs, one)
 
 
 def write_convolution(module: Any, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
@@ -225,7 +253,7 @@ LAYERS: dict[type[nn.Module], Layer] = {
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
     nn.Conv3d: _convolution,
-    nn.Embedding: Layer(write_embedding, lambda module: 0, has_plain_rows, embedding_factors),
+    nn.Embedding: Layer(write_embedding, lambda module: 0, has_plain_rows, embedding_factors, shareable=True),
     nn.LayerNorm: Layer(write_layer_norm, lambda module: len(module.normalized_shape)),
     nn.GroupNorm: Layer(write_group_norm, lambda module: 1),
     nn.BatchNorm1d: _batch_norm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import runpy
 import shutil
 import subprocess
@@ -12,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import influence_pipeline as ip
 
+IDENTITY = ip.Settings(s_test={"solver": "identity"}, runtime={"progress": False})
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-MODULES = ("train", "digits", "digits_cnn", "digits_logistic", "diabetes", "demo")
+SMALL = ("digits_cnn", "digits_logistic", "diabetes")
+"""Examples that are trained in seconds; the others are run here with other weights."""
+MODULES = ("train", "digits", "demo", "resnet", "images", "text", *SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.delitem(sys.modules, name, raising=False)
         patch.syspath_prepend(folder)
         train = import_module("train")
-        for name in train.EXAMPLES:
+        for name in SMALL:
             train.train(name)
         yield folder
         for name in MODULES:
@@ -79,14 +84,47 @@ def test_most_harmful_digits_are_mislabelled(scripts: Path, capsys: pytest.Captu
     assert hits >= 35, f"{hits} of the 50 most harmful ids have wrong labels; by chance 5"
     assert (scores < 0).all()
 
-    import_module("demo").show(influences)
+    import_module("demo").show(influences, data)
     assert f"first   50: {hits:>4} wrong" in capsys.readouterr().out
+
+
+def test_images_of_a_narrow_network(scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That was not trained: scores of every digit, and labels that are wrong at the ids that are said."""
+    images, train = import_module("images"), import_module("train")
+    narrow = functools.partial(import_module("resnet").ResNet18, width=2)
+    torch.manual_seed(0)
+    torch.save(narrow().state_dict(), train.FOLDER / "images.pt")
+    monkeypatch.setattr(images, "network", narrow)
+    monkeypatch.setattr(images, "SIZE", 8)
+    settings = ip.Settings.from_toml(scripts / "images.toml").model_copy(update={"s_test": IDENTITY.s_test})
+    found = ip.Pipeline(images.experiment(), scripts.parent / "runs" / "images", settings).run()["holdout"]
+    assert found.scores.shape == (100, 1497)
+    data = import_module("digits").digits(flipped=0.1, held_out=300)
+    assert len(data.flipped) == 150
+    assert images.experiment().train[0][0].shape == (3, 8, 8)
+
+
+def test_text_of_a_network_that_was_hardly_trained(scripts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, train = import_module("text"), import_module("train")
+    torch.manual_seed(0)
+    network = text.network()
+    data, tests = text.data()
+    train.by_adam(network, text.TASK, data, epochs=2)
+    torch.save(network.state_dict(), train.FOLDER / "text.pt")
+    found = ip.Pipeline(text.experiment(), scripts.parent / "runs" / "text", IDENTITY).run()["facts"]
+    assert found.scores.shape == (len(tests), len(data))
+    sentences, asked = text.sentences()
+    said = {sentence.text for sentence in sentences}
+    assert not any(sentence.text in said for sentence in asked), "a test is a training sentence"
+    assert sum(float(sample["token_weights"].sum()) for sample in tests) == len(tests)
+    text.show(found)
+    assert "most helpful" in capsys.readouterr().out
 
 
 def test_settings_of_the_examples_are_right() -> None:
     """Each names an experiment beside it, and a cache that git ignores."""
     files = sorted(SCRIPTS.glob("*.toml"))
-    assert {path.stem for path in files} == {"diabetes", "digits_cnn", "digits_logistic"}
+    assert {path.stem for path in files} == {"images", "text", *SMALL}
     for path in files:
         settings = ip.Settings.from_toml(path)
         assert settings.experiment is not None

@@ -110,9 +110,9 @@ def jacobians(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Multiply by the Jacobian wherever that is possible; how many samples' Jacobians were asked for at once."""
     seen: list[int] = []
 
-    def watched(function: Any, batch: Any, vectors: Tensor, together: int) -> Tensor:
+    def watched(function: Any, batch: Any, vectors: Tensor, together: int, *way: Any) -> Tensor:
         seen.append(together)
-        return ggn_products(function, batch, vectors, together)
+        return ggn_products(function, batch, vectors, together, *way)
 
     monkeypatch.setattr(Work, "jacobian_pays", lambda self, vectors, together: self.outputs > 0)
     monkeypatch.setattr(curvature_module, "ggn_products", watched)
@@ -163,28 +163,32 @@ def test_attention_and_embeddings_have_the_same_products_by_the_jacobian(jacobia
 
 
 class _LooksAtValues(nn.Module):
-    """A linear model that ``vmap`` cannot follow."""
+    """A model that ``vmap`` cannot follow, nor layer hooks if it has a parameter of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, own: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.ones(3)) if own else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * (1.0 if float(x.detach().abs().sum()) >= 0 else 2.0)
+        return self.linear(x) * self.scale * (1.0 if float(x.detach().abs().sum()) >= 0 else 2.0)
 
 
-def test_a_model_that_vmap_cannot_follow_is_linearised(jacobians: list[int]) -> None:
+@pytest.mark.parametrize(("own", "tried"), [(True, 1), (False, 5)])
+def test_a_model_that_vmap_cannot_follow_is_followed_by_hooks_or_linearised(
+    own: bool, tried: int, jacobians: list[int]
+) -> None:
     torch.manual_seed(0)
-    case = Case("", _LooksAtValues().double(), ClassTask(0.1), make(oracles.mlp).data)
+    case = Case("", _LooksAtValues(own=own).double(), ClassTask(0.1), make(oracles.mlp).data)
     curvature, vectors = case.curvature("ggn"), vectors_for(case)
     torch.testing.assert_close(curvature.product(vectors), vectors @ dense(case, "ggn"), **EXACT)
-    assert len(jacobians) == 1, "it is tried once"
+    assert len(jacobians) == tried, "two ways once, and then each batch; or one way once"
 
 
 def test_a_jacobian_that_is_wrong_is_not_used(
     jacobians: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(curvature_module, "ggn_products", lambda f, b, v, n: 1.01 * ggn_products(f, b, v, n))
+    monkeypatch.setattr(curvature_module, "ggn_products", lambda f, b, v, n, *w: 1.01 * ggn_products(f, b, v, n, *w))
     case = make(oracles.mlp)
     vectors = vectors_for(case)
     torch.testing.assert_close(case.curvature("ggn").product(vectors), vectors @ dense(case, "ggn"), **EXACT)

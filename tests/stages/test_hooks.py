@@ -118,6 +118,23 @@ class Block(nn.Module):
         return self.head(out.mean(1))
 
 
+class Positions(nn.Module):
+    """A table of positions that is looked up once for all samples, as (P,) or as (1, P); or for tokens too."""
+
+    def __init__(self, lead: bool = False, tokens_too: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(7, 4), nn.Embedding(9, 4)
+        self.head = nn.Linear(4, CLASSES)
+        self.lead, self.tokens_too = lead, tokens_too
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1])
+        x = self.tokens(tokens) + self.positions(positions[None] if self.lead else positions)
+        if self.tokens_too:
+            x += self.positions(tokens)
+        return self.head(x.tanh().mean(1))
+
+
 class Residual(nn.Module):
     """Convolutions with everything done in place."""
 
@@ -252,6 +269,10 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "tied-and-used-directly": lambda: Problem(Tied(direct=True), 5, tokens=True, rest=("embedding.weight",)),
     "transformer-block": lambda: Problem(Block(), 5, tokens=True),
     "transformer-block-positions": lambda: Problem(Block(True), 5, tokens=True, rest=("positions",)),
+    "positions": lambda: Problem(Positions(), 5, tokens=True),
+    "positions-as-many-as-samples": lambda: Problem(Positions(), COUNT, tokens=True),
+    "positions-in-a-batch-of-one": lambda: Problem(Positions(lead=True), 5, tokens=True),
+    "positions-and-tokens": lambda: Problem(Positions(tokens_too=True), 5, tokens=True),
     "own-parameter": lambda: Problem(Scaled(), 4, rest=("scale", "ghost")),
     "attention": lambda: Problem(
         Attention(), 5, 8, rest=tuple(f"attention.{n.removeprefix('self_attn.')}" for n in TRANSFORMER)
