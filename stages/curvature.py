@@ -8,6 +8,7 @@ Shapes: ``T`` vectors, ``D`` coordinates, ``B`` samples in a batch, ``N`` traini
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -20,8 +21,9 @@ from torch.func import grad, vjp, vmap
 
 from stages import work
 from stages.batch import only_tensors, shapes, size, split
+from stages.device_batch import DeviceBatch, refuse_memory
 from stages.grad_z import loop, refuse_infinite
-from stages.grad_z.choose import TOLERANCE, naming, refuse_memory, relative_difference
+from stages.grad_z.choose import TOLERANCE, naming, relative_difference
 from stages.jacobian import ggn_products
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch, Progress, Report, Samples, StageError, silent
@@ -43,14 +45,14 @@ class Curvature:
         function: the model.
         samples: the training set.
         kind: "hessian" or "ggn".
-        batch_size: samples on the device at once.
+        batch: samples on the device at once.
         memory_bytes: what all work may hold, of which products take a part.
     """
 
     function: ModelFunction
     samples: Samples
     kind: Kind
-    batch_size: int
+    batch: DeviceBatch
     memory_bytes: int
     _work: dict[str, work.Work] = field(init=False, default_factory=dict)
     _jacobian: bool | None = field(init=False, default=None)
@@ -65,17 +67,34 @@ class Curvature:
         return self.function.size
 
     @property
+    def batch_size(self) -> int:
+        """Samples on the device at once."""
+        return self.batch.size
+
+    @functools.cached_property
+    def few(self) -> work.Work:
+        """The work of a few samples, with what the model keeps of each; nothing where the model raises.
+
+        Raises:
+            MemoryError: not even these fit.
+        """
+        return work.of_samples(self.function, self.samples)
+
+    @property
     def together(self) -> int:
         """Numbers in the largest array that products make, where that is for them to choose."""
         return work.together(self.dim, self.kind, self.memory_bytes, self.function.dtype.itemsize)
 
     @property
     def product_bytes(self) -> int:
-        """What products hold at most, beside vectors as many as theirs and what the model keeps of a batch.
+        """What products hold at most, beside vectors as many as theirs.
 
         The sum and what is added to it are two arrays of the vectors' size, and one sample's Jacobian may be a third.
         """
-        return work.ARRAYS[self.kind] * self.together * self.function.dtype.itemsize
+        few, batch = self.few, self.batch.size
+        numbers = max(self.together, batch * few.widest // few.samples)
+        kept = few.kept(self.kind, self.function.device)
+        return work.ARRAYS[self.kind] * numbers * self.function.dtype.itemsize + batch * kept
 
     def product(self, vectors_TD: Tensor, ids: Sequence[int] | None = None, report: Report = silent) -> Tensor:
         """Return H v for each row v, (T, D), with the mean over ``ids`` (default: the whole training set).
@@ -87,10 +106,12 @@ class Curvature:
         total_TD = torch.zeros_like(vectors_TD)
         done = 0
         with closing(self.samples.batches(ids, self.batch_size)) as batches:
-            for batch in batches:
-                total_TD += self._sum(batch)(vectors_TD)
-                done += size(batch)
-                report(Progress(done, len(ids), f"{self.kind} products"))
+            for whole in batches:
+                for batch, found_TD in self.batch.pieces(whole, lambda batch: self._sum(batch)(vectors_TD)):
+                    total_TD += found_TD
+                    done += size(batch)
+                    report(Progress(done, len(ids), f"{self.kind} products"))
+                    del found_TD
         if not torch.isfinite(total_TD).all() and torch.isfinite(vectors_TD).all():
             self.gradient()  # where that is not finite either, it names the samples
             raise StageError(
@@ -102,8 +123,16 @@ class Curvature:
 
     def on(self, batch: Batch) -> Product:
         """Return what multiplies by H with the mean over one batch, which is linearised once for all products."""
-        count, total = size(batch), self._sum(batch)
-        return lambda vectors_TD: total(vectors_TD).div_(count).addcmul_(self.l2, vectors_TD)
+        count, whole = size(batch), self._sum(batch)
+
+        def product(vectors_TD: Tensor) -> Tensor:
+            pieces = self.batch.pieces(batch, lambda p: (whole if p is batch else self._sum(p))(vectors_TD))
+            total_TD = next(pieces)[1]
+            for _, found_TD in pieces:
+                total_TD += found_TD
+            return total_TD.div_(count).addcmul_(self.l2, vectors_TD)
+
+        return product
 
     def gradient(self, report: Report = silent) -> Tensor:
         """Return the gradient of the training objective, (1/N) Σ ∇L(z_i, θ) + l2·θ, (D,): zero at an optimum."""
@@ -151,6 +180,7 @@ class Curvature:
             except StageError:
                 raise
             except Exception as error:
+                linear = None
                 refuse_memory(error)
                 with torch.no_grad(), naming(f"on a batch of {shapes(batch)}"):
                     self.function.losses(self.function.params, batch)

@@ -126,8 +126,9 @@ class ModelFunction:
         self._module = _Outputs(model, task)
         self._constant = {n: p.detach().to(device) for n, p in model.named_parameters() if n not in chosen}
         self._buffers = {name: b.detach().to(device) for name, b in model.named_buffers()}
-        everything = (*self.params.values(), *self._constant.values(), *self._buffers.values())
-        self.coarsest = max((t.dtype for t in everything if t.is_floating_point()), key=lambda d: torch.finfo(d).eps)
+        self.coarsest = max(
+            (t.dtype for t in self.everything if t.is_floating_point()), key=lambda d: torch.finfo(d).eps
+        )
 
     def outputs(self, params: Parameters, batch: Batch) -> Tensor:
         """Return the outputs, (B, …)."""
@@ -142,6 +143,11 @@ class ModelFunction:
     def measurements(self, params: Parameters, batch: Batch) -> Tensor:
         """Return the measurement of each sample, (B,)."""
         return self._each(self.task.measurements(self.outputs(params, batch), batch), "measurements")
+
+    @property
+    def everything(self) -> tuple[Tensor, ...]:
+        """All parameters and buffers of the model, on the device."""
+        return *self.params.values(), *self._constant.values(), *self._buffers.values()
 
     @property
     def model(self) -> nn.Module:

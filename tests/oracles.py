@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.curvature import Curvature
+from stages.device_batch import DeviceBatch
 from stages.parameters import ModelFunction
 from stages.s_test.prepare import Prepare
 
@@ -115,7 +116,7 @@ class Case:
 
     def curvature(self, kind: str, batch_size: int = 5) -> Curvature:
         """What the package makes of its curvature."""
-        return Curvature(self.function, self.data, kind, batch_size, 2**30)
+        return Curvature(self.function, self.data, kind, DeviceBatch(batch_size), 2**30)
 
     @property
     def parameters(self) -> list[Tensor]:

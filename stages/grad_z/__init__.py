@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.batch import size
+from stages.device_batch import DeviceBatch
 from stages.grad_z.choose import check_neighbours, choose, naming
 from stages.grad_z.fidelity import Fidelity, RoundTrip
 from stages.grad_z.technique import Technique, Values
@@ -63,13 +64,13 @@ class PerSample:
         function: the model.
         values: what is differentiated, ``function.losses`` or ``function.measurements``.
         samples: the data set.
-        batch_size: samples on the device at once.
+        batch: samples on the device at once.
     """
 
     function: ModelFunction
     values: Values
     samples: Samples
-    batch_size: int
+    batch: DeviceBatch
     _technique: Technique | None = None
 
     def check(self) -> None:
@@ -80,18 +81,32 @@ class PerSample:
         """
         count = len(self.samples)
         ids = sorted({round(i * (count - 1) / max(1, PROBES - 1)) for i in range(PROBES)})
-        batch = self.samples.batch(ids)
-        check_neighbours(self.function, self.values, batch)
-        self._technique = choose(self.function, self.values, batch)
-        grads, _ = self._technique(self.function, self.values, batch)
-        if not grads.any():
-            many = self.samples.batch(range(min(count, 64)))
-            if not self._technique(self.function, self.values, many)[0].any():
+        probes = DeviceBatch(len(ids))
+        _, self._technique = next(probes.pieces(self.samples.batch(ids), self._chosen))
+        if probes.size < len(ids):
+            self.batch.size = min(self.batch.size, probes.size)
+        if not self._any(ids):
+            many = range(min(count, 64))
+            if not self._any(many):
                 raise StageError(
                     f"every gradient is zero for all of {', '.join(self.function.params)} "
-                    f"(looked at samples {ids} and the first {size(many)}): "
+                    f"(looked at samples {ids} and the first {len(many)}): "
                     "the loss does not depend on these parameters, or the model is dead there"
                 )
+
+    def _chosen(self, batch: Batch) -> Technique:
+        """Choose how gradients are computed, of some samples."""
+        check_neighbours(self.function, self.values, batch)
+        return choose(self.function, self.values, batch)
+
+    def _any(self, ids: Sequence[int]) -> bool:
+        """Say whether some gradient of some samples is not zero."""
+        found = self.batch.pieces(self.samples.batch(ids), self._gradients)
+        return any(bool(grads.any()) for _, (grads, _) in found)
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert self._technique is not None
+        return self._technique(self.function, self.values, batch)
 
     def rows(self, ids: Sequence[int]) -> Iterator[Rows]:
         """Yield the gradients of samples, a batch at a time.
@@ -101,15 +116,19 @@ class PerSample:
         """
         if self._technique is None:
             self.check()
-        assert self._technique is not None
         start = 0
-        with closing(self.samples.batches(ids, self.batch_size)) as batches:
-            for batch in batches:
-                with naming(f"at samples {ids[start]} to {ids[min(start + self.batch_size, len(ids)) - 1]}"):
-                    grads, values = self._technique(self.function, self.values, batch)
-                found = refuse_infinite(grads, values, ids[start : start + len(grads)])
-                yield Rows(batch, grads, values, found)
-                start += len(grads)
+
+        def named(batch: Batch) -> tuple[Tensor, Tensor]:
+            with naming(f"at samples {ids[start]} to {ids[start + size(batch) - 1]}"):
+                return self._gradients(batch)
+
+        with closing(self.samples.batches(ids, self.batch.size)) as batches:
+            for whole in batches:
+                for batch, (grads, values) in self.batch.pieces(whole, named):
+                    found = refuse_infinite(grads, values, ids[start : start + len(grads)])
+                    yield Rows(batch, grads, values, found)
+                    start += len(grads)
+                    del grads, values, found
 
 
 def refuse_infinite(grads: Tensor, values: Tensor, ids: Sequence[int]) -> Tensor:
@@ -149,7 +168,7 @@ class GradZ(Stage):
         samples: Samples,
         block_rows: int,
         encoding: str,
-        batch_size: int,
+        batch: DeviceBatch,
         round_trip: RoundTrip,
     ) -> None:
         """Lay out the gradients of ``samples``.
@@ -159,10 +178,10 @@ class GradZ(Stage):
             samples: the training set.
             block_rows: samples of a block.
             encoding: how gradients are kept.
-            batch_size: samples on the device at once.
+            batch: samples on the device at once.
             round_trip: gives gradients as they come back from where they are kept.
         """
-        self.per_sample = PerSample(function, function.losses, samples, batch_size)
+        self.per_sample = PerSample(function, function.losses, samples, batch)
         self._round_trip = round_trip
         count, coordinates = len(samples), function.size
         self.grid = Grid((Axis("sample", count, block_rows),))
@@ -183,6 +202,9 @@ class GradZ(Stage):
                 (self.grid.shape[0], 2),
                 about="of products with gradients as they are kept: Spearman's correlation with those of the exact "
                 "ones, and the share of the top 100 that is the same; of the first block, NaN elsewhere",
+            ),
+            ArraySpec(
+                "batch", ("sample_block",), self.grid.shape, "int64", about="samples that were computed together"
             ),
         )
 
@@ -213,7 +235,10 @@ class GradZ(Stage):
                 "label": labels(self.per_sample.function, found.batch, count),
             }
             report(Progress(done, len(ids), "gradients"))
-        yield {"fidelity": (np.full(2, np.nan, np.float32) if fidelity is None else fidelity.figures())[None]}
+        yield {
+            "fidelity": (np.full(2, np.nan, np.float32) if fidelity is None else fidelity.figures())[None],
+            "batch": np.array([self.per_sample.batch.size]),
+        }
 
 
 def labels(function: ModelFunction, batch: Batch, count: int) -> Array:

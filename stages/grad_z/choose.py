@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.batch import only_tensors, shapes, size, take
+from stages.device_batch import refuse_memory
 from stages.grad_z import hooks, loop, vmap
 from stages.grad_z.technique import Technique, Values
 from stages.parameters import ModelFunction
@@ -67,19 +68,6 @@ def describe(error: Exception) -> str:
     own = [frame for name, frame in frames if name not in NOT_USERS]
     places = "".join(f"\n  {frame.filename}, line {frame.lineno}: {frame.line}" for frame in own[-3:])
     return f"{type(error).__name__}: {error}{places}"
-
-
-def refuse_memory(error: Exception) -> None:
-    """Do nothing, unless an error says that there is not enough memory; torch has no type for that on the CPU.
-
-    Raises:
-        MemoryError: it does.
-        OutOfMemoryError: it does, of the device.
-    """
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        raise error
-    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
-        raise MemoryError(str(error)) from error
 
 
 @contextmanager

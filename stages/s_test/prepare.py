@@ -49,7 +49,7 @@ class Prepare(Stage):
         from stages.grad_z import PerSample
 
         curvature = self.curvature
-        PerSample(curvature.function, curvature.function.losses, curvature.samples, curvature.batch_size).check()
+        PerSample(curvature.function, curvature.function.losses, curvature.samples, curvature.batch).check()
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Compute a band of the matrix by products with unit vectors, or the numbers."""
