@@ -139,23 +139,24 @@ class Curvature:
         params = self.function.params
         total_D = torch.zeros(self.dim, dtype=torch.float64, device=self.function.device)
         done = 0
+
+        def summed(batch: Batch) -> Tensor:
+            leaves = {name: parameter.detach().requires_grad_() for name, parameter in params.items()}
+            with naming(f"at training samples {done} to {done + size(batch) - 1}"):
+                found = torch.autograd.grad(
+                    self._total_loss(leaves, batch), list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
+            return self.function.flatten(dict(zip(leaves, found, strict=True)))
+
         with closing(self.samples.batches(range(len(self.samples)), self.batch_size)) as batches:
-            for batch in batches:
-                leaves = {name: parameter.detach().requires_grad_() for name, parameter in params.items()}
-                ids = range(done, done + size(batch))
-                with naming(f"at training samples {ids[0]} to {ids[-1]}"):
-                    found = torch.autograd.grad(
-                        self._total_loss(leaves, batch),
-                        list(leaves.values()),
-                        allow_unused=True,
-                        materialize_grads=True,
-                    )
-                flat_D = self.function.flatten(dict(zip(leaves, found, strict=True)))
-                if not torch.isfinite(flat_D).all():
-                    refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), ids)
-                total_D += flat_D
-                done += size(batch)
-                report(Progress(done, len(self.samples), "mean gradient"))
+            for whole in batches:
+                for batch, flat_D in self.batch.pieces(whole, summed):
+                    ids = range(done, done + size(batch))
+                    if not torch.isfinite(flat_D).all():
+                        refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), ids)
+                    total_D += flat_D
+                    done += size(batch)
+                    report(Progress(done, len(self.samples), "mean gradient"))
         return total_D / len(self.samples) + self.l2 * self.function.flatten(params)
 
     def _total_loss(self, params: Parameters, batch: Batch) -> Tensor:

@@ -81,11 +81,13 @@ def probe_losses(function: ModelFunction, samples: Samples, ids: Sequence[int]) 
     """
     import torch
 
+    from stages.device_batch import DeviceBatch
     from stages.grad_z.choose import naming
 
     batch = samples.batch(ids)
     with torch.no_grad(), naming(f"at training samples {', '.join(map(str, ids))}"):
-        losses: Array = function.losses(function.params, batch).float().cpu().numpy()
+        pieces = DeviceBatch(len(ids)).pieces(batch, lambda piece: function.losses(function.params, piece))
+        losses: Array = torch.cat([found for _, found in pieces]).float().cpu().numpy()
     return losses
 
 
