@@ -23,7 +23,7 @@ from stages import work
 from stages.batch import only_tensors, shapes, size, split
 from stages.device_batch import DeviceBatch, refuse_memory
 from stages.grad_z import loop, refuse_infinite
-from stages.grad_z.choose import TOLERANCE, naming, relative_difference
+from stages.grad_z.choose import naming, relative_difference, tolerance
 from stages.jacobian import ggn_products
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch, Progress, Report, Samples, StageError, silent
@@ -221,7 +221,7 @@ class Curvature:
             log.info("products without the Jacobian: vmap cannot follow this model (%s)", str(error).split("\n")[0])
             return False
         difference = relative_difference(found, expected)
-        if not difference <= TOLERANCE.get(self.function.coarsest, 0.05):
+        if not difference <= tolerance(self.function, self.function.losses, few):
             log.warning("products without the Jacobian: they differ by %.2g", difference)
             return False
         return True

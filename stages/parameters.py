@@ -111,7 +111,7 @@ class ModelFunction:
     Attributes:
         params: the selected parameters by name, detached, on the device.
         size: D, the number of selected parameters' entries.
-        dtype: of gradients and vectors, fit for all selected parameters.
+        dtype: of gradients and vectors, fit for all selected parameters: float32 at least.
         coarsest: the least precise dtype in the model.
     """
 
@@ -122,7 +122,7 @@ class ModelFunction:
         self.task = task
         self.params: Parameters = {name: p.detach().to(device) for name, p in chosen.items()}
         self.size = sum(p.numel() for p in self.params.values())
-        self.dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.params.values()))
+        self.dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.params.values()), torch.float32)
         self._module = _Outputs(model, task)
         self._constant = {n: p.detach().to(device) for n, p in model.named_parameters() if n not in chosen}
         self._buffers = {name: b.detach().to(device) for name, b in model.named_buffers()}

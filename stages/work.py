@@ -25,9 +25,9 @@ TOGETHER = 2**22
 time. Measured on networks of 650 to 42,000 parameters."""
 ARRAYS = {"ggn": 9, "hessian": 12}
 """How many arrays of that size products with a curvature hold at once, at most; measured."""
-KEPT = {"gradients": 3, "ggn": 4, "hessian": 6}
-"""How many times as much as a forward pass saves is held at once, at most: the gradients of that, too, and what a
-linearisation saves of the backward pass; measured."""
+KEPT = {"gradients": 5, "ggn": 4, "hessian": 6}
+"""How many times as much as a forward pass saves is held at once, at most; measured. That is the gradients of it, too,
+what the heap keeps of arrays below 32 MiB, up to as much as is in use, and what a linearisation saves."""
 FEW = 4
 """Samples of which the work is counted before there is a batch."""
 

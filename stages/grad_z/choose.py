@@ -70,6 +70,24 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}{places}"
 
 
+def tolerance(function: ModelFunction, values: Values, batch: Batch) -> float:
+    """Return the largest relative difference between right ways: by the coarsest dtype of model or computation.
+
+    Autocast computes in another dtype than that of the parameters, which is seen by what is kept for the backward pass.
+    """
+    found = {function.coarsest}
+
+    def saved(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            found.add(tensor.dtype)
+        return tensor
+
+    params = {name: parameter.detach().requires_grad_() for name, parameter in function.params.items()}
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+        values(params, batch)
+    return max(TOLERANCE.get(dtype, 0.05) for dtype in found)
+
+
 @contextmanager
 def naming(where: str) -> Iterator[None]:
     """Say where the model or the task raised.
@@ -114,7 +132,7 @@ def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> N
             f"a batch of {size(batch)} samples has {len(together)} losses, its samples one at a time {len(alone)}"
         )
     difference = relative_difference(together, alone)
-    if difference > TOLERANCE.get(function.coarsest, 0.05):
+    if difference > tolerance(function, values, batch):
         raise StageError(
             f"in eval() mode a sample's loss differs by {difference:.2g} (relative) with the samples around it, "
             f"so it has no gradient of its own. {CAUSES}"
@@ -140,9 +158,10 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     """
     with naming(f"in the gradients of a batch of {shapes(batch)}"):
         expected_BD, _ = loop.gradients(function, values, batch)
-    other = _whole(function, values, batch, expected_BD)
+        most = tolerance(function, values, batch)
+    other = _whole(function, values, batch, expected_BD, most)
     how = "by vmap" if other is vmap.gradients else "one sample at a time"
-    names = _followed(function, values, batch, expected_BD)
+    names = _followed(function, values, batch, expected_BD, most)
     rest = ", ".join(name for name in function.params if name not in names)
     few = sum(function.params[name].numel() for name in names) < MOST * function.size
     if few or (rest and other is vmap.gradients and function.size < SECOND_PASS):
@@ -152,7 +171,7 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     return hooks.Hooks(names, other)
 
 
-def _whole(function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor) -> Technique:
+def _whole(function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor, most: float) -> Technique:
     """Return ``vmap`` where it gives what is expected, otherwise the loop."""
     if not only_tensors(batch):
         log.info("vmap is not used: the batch holds more than tensors")
@@ -161,13 +180,15 @@ def _whole(function: ModelFunction, values: Values, batch: Batch, expected_BD: T
     if found_BD is None:
         return loop.gradients
     difference = relative_difference(found_BD, expected_BD)
-    if difference > TOLERANCE.get(function.coarsest, 0.05):
+    if difference > most:
         log.warning("vmap is not used: vmap differs from the loop by %.2g", difference)
         return loop.gradients
     return vmap.gradients
 
 
-def _followed(function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor) -> frozenset[str]:
+def _followed(
+    function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor, most: float
+) -> frozenset[str]:
     """Return the parameters whose gradients by layer hooks are what is expected."""
     known = frozenset(name for owner in hooks.owners(function) for name in owner.names.values())
     attempt = _attempt("layer hooks", lambda: hooks.gradients(function, values, batch, known))
@@ -176,7 +197,6 @@ def _followed(function: ModelFunction, values: Values, batch: Batch, expected_BD
     found_BD, _, unfit = attempt
     # Relative to the largest entry of all, since a parameter's own gradient may be nothing but rounding.
     largest = float(torch.where(torch.isfinite(expected_BD), expected_BD, 0).abs().max())
-    most = TOLERANCE.get(function.coarsest, 0.05)
     columns = function.columns()
 
     def agrees(name: str) -> bool:

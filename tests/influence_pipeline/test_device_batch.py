@@ -24,10 +24,10 @@ Make = Callable[..., ip.Pipeline]
 class Small(ip.Classification):
     """A task on a machine that has memory for few samples only."""
 
-    most = 1000
+    _most = 1000
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
-        if len(batch[0]) > Small.most:
+        if len(batch[0]) > Small._most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return super().outputs(model, batch)
 
@@ -43,13 +43,13 @@ def test_a_batch_that_was_halved_is_recorded_and_used_again(
     make: Make, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solver = {"solver": "cg", "damping": 0.1}
-    monkeypatch.setattr(Small, "most", 5)
+    monkeypatch.setattr(Small, "_most", 5)
     pipeline = make(s_test=solver, task=Small(0.01))
     pipeline.run()
     kept = tiny.files(cache)
     assert recorded(cache, "grad_z") == [4] * 4
     assert recorded(cache, "s_test") == [[4, 4]] * 3
-    monkeypatch.setattr(Small, "most", 1000)
+    monkeypatch.setattr(Small, "_most", 1000)
     for stage in ("grad_z", "s_test"):
         [path] = cache.glob(f"{stage}/*/blocks/c/1")
         shutil.rmtree(path)
@@ -63,7 +63,7 @@ def images(count: int) -> TensorDataset:
 
 
 def convolutional() -> nn.Module:
-    """Make a network of few parameters whose forward pass keeps about 100 KiB of each sample."""
+    """Make a network of few parameters whose forward pass keeps about 70 KiB of each sample."""
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 3, 3, padding=1), nn.ReLU()),
