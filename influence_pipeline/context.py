@@ -13,13 +13,16 @@ from influence_pipeline import plan
 from influence_pipeline.cache import FORMAT
 from influence_pipeline.errors import CacheMismatch, RequestError
 from influence_pipeline.experiment import Experiment, weights_hash
+from influence_pipeline.plan import show_bytes
 from influence_pipeline.samples import DataSet, First, PerClass, per_class
 from influence_pipeline.settings import Settings
 from influence_pipeline.task import plain
 from stages.curvature import Curvature
+from stages.device_batch import DeviceBatch
 from stages.parameters import ModelFunction, evaluating
 from stages.s_test.solver import CurvatureSolver
 from stages.stage import StageError
+from stages.work import Work
 
 SENTINELS = 32
 """Samples of a data set that are read to see whether it is still the same."""
@@ -102,22 +105,59 @@ class Context:
             yield
 
     @property
-    def gradient_batch(self) -> int:
-        """Samples on the device at once for per-sample gradients."""
-        return self.batch_within(self.memory)
+    def few(self) -> Work:
+        """The work of a few training samples, with what the model keeps of each."""
+        return self.curvature(len(self.train)).few
 
-    def batch_within(self, memory_bytes: int) -> int:
-        """Return how many samples would be on the device at once, were there so much memory."""
-        chosen = self.settings.runtime.device_batch
-        return plan.device_batch(self.dim, memory_bytes, self.function.dtype.itemsize) if chosen == "auto" else chosen
+    def batch_within(self, kind: str, memory_bytes: int, most: int | None = None) -> int:
+        """Return how many samples would be on the device at once, were there so much memory.
+
+        Args:
+            kind: "gradients", "ggn" or "hessian", what is computed of them.
+            memory_bytes: what one process may hold.
+            most: at most so many; by default as many as are computed fastest.
+        """
+        chosen, itemsize = self.settings.runtime.device_batch, self.function.dtype.itemsize
+        if chosen != "auto":
+            return chosen
+        bounds = [(self.few.on_device(kind, itemsize), self._device_bytes(memory_bytes))]
+        if kind == "gradients":
+            bounds.append((8 * self.dim * itemsize, memory_bytes))
+        best = plan.gradient_batch(self.dim, itemsize) if kind == "gradients" else plan.MOST_BATCH
+        return plan.fitting(most or best, *bounds)
+
+    def _device_bytes(self, memory_bytes: int) -> int:
+        """Return what a batch may hold on the device, were there so much memory."""
+        given = self.settings.runtime.device_memory
+        if self.device.type == "cpu":
+            return memory_bytes // 4 if given == "auto" else min(given, memory_bytes // 4)
+        return self._free if given == "auto" else given
+
+    @functools.cached_property
+    def _free(self) -> int:
+        """Half of what the device has free in the beginning: vectors have the other."""
+        return int(torch.accelerator.get_memory_info(self.device)[0]) // 2
+
+    def check_device_memory(self, kind: str) -> None:
+        """Refuse a device that has not the memory for one sample.
+
+        Raises:
+            RequestError: with the bytes.
+        """
+        given = self.settings.runtime.device_memory
+        one = self.few.on_device(kind, self.function.dtype.itemsize)
+        if given != "auto" and one > given:
+            raise RequestError(
+                f"one sample takes up to {show_bytes(one, up=True)} on the device; runtime.device_memory is "
+                f"{show_bytes(given)}: raise it, or choose fewer parameters ([grad_z] parameters)"
+            )
 
     @functools.cache  # noqa: B019 - as above
     def curvature(self, count: int) -> Curvature:
         """Return the curvature that the solver asks for, over the first ``count`` training samples."""
         solver = self.settings.s_test
         kind = solver.curvature if isinstance(solver, CurvatureSolver) else "ggn"
-        chosen = self.settings.runtime.device_batch
-        batch = 256 if chosen == "auto" else chosen
+        batch = DeviceBatch(functools.partial(self.batch_within, kind, self.memory))
         return Curvature(self.function, First(self.train, count), kind, batch, self.memory)
 
     # ---- identities: what changes an array, and nothing else ------------------------------------------------------

@@ -400,6 +400,7 @@ class Pipeline:
             self.cache.remove(group.path, unless=lambda group: group.fits(work.layout))
             group = None
         if group is None or not self.cache.exists:
+            work.memory()
             group = self.cache.create(place.stage, place.name, work.layout, place.attributes)
         self.cache.tidy()
         group.clear()
@@ -494,7 +495,7 @@ class Pipeline:
             bytes_on_disk=group.bytes_on_disk() if group else 0,
             bytes_expected=expected,
             measured=measured,
-            memory_bytes=work.memory_bytes,
+            memory_bytes=work.memory() if missing else 0,
             passes=work.passes,
             differs=nearest(place.identity, others) if group is None else self._grown(place, group),
         )

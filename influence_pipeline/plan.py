@@ -26,6 +26,8 @@ LEAST_SUMMED = 256
 """Training samples in such a part, about: as many as are on the device at once."""
 SUMS_BYTES = 2**30
 """Of all such sums, at most, where there is more than one part."""
+MOST_BATCH = 256
+"""Samples on the device at once, where nothing else bounds them."""
 TILE_ENTRIES = 2**21
 TILE_ROWS = 256
 TILE_COLUMNS = 8192
@@ -141,13 +143,28 @@ def gradients_memory(dim: int, rows: int, batch: int, itemsize: int, encoding: s
     return dim * (batches + 5 * min(rows, TILE_ROWS) * np.dtype(encoding).itemsize)
 
 
-def device_batch(dim: int, memory_bytes: int, itemsize: int) -> int:
-    """Return how many samples' gradients are computed together: a power of two whose gradients take about 30 MiB.
+def gradient_batch(dim: int, itemsize: int) -> int:
+    """Return how many samples' gradients are best computed together: a power of two that takes about 30 MiB.
 
-    Measured best, for hooks and for ``vmap``: what takes more is new memory every time.
+    Measured, for hooks and for ``vmap``: what takes more is new memory every time.
     """
-    fits = max(4, min(256, 30 * 2**20 // (dim * itemsize)))
-    return max(1, min(1 << int(math.log2(fits)), memory_bytes // (8 * dim * itemsize)))
+    return power_of_two(max(4, min(MOST_BATCH, 30 * 2**20 // (dim * itemsize))))
+
+
+def fitting(most: int, *bounds: tuple[int, int]) -> int:
+    """Return how many samples fit, at least one: ``most``, or a power of two below it.
+
+    Args:
+        most: samples.
+        bounds: bytes that each sample takes, and bytes that there are.
+    """
+    fits = min((available // each for each, available in bounds if each), default=most)
+    return most if fits >= most else power_of_two(max(1, fits))
+
+
+def power_of_two(count: int) -> int:
+    """Return the largest power of two up to a number."""
+    return 1 << (count.bit_length() - 1)
 
 
 @dataclass(frozen=True)
@@ -163,7 +180,7 @@ class StagePlan:
         bytes_on_disk: what is there.
         bytes_expected: what all of it would take: measured on the blocks that are there, or else before compression.
         measured: whether it was measured.
-        memory_bytes: what one process holds at once.
+        memory_bytes: what one process holds at once, 0 where nothing is left to compute.
         passes: what it reads how often, for people.
         differs: for a miss, how the identity differs from the nearest that is cached.
     """
@@ -192,7 +209,7 @@ class StagePlan:
         size = show_bytes(self.bytes_on_disk) + ("" if self.complete else f" of {of} {show_bytes(self.bytes_expected)}")
         lines = [
             f"{self.stage:<10} {self.key:<24} {self.done:>6} / {self.total:<6} blocks  {state:<9}  "
-            f"{size:<29}  memory {show_bytes(self.memory_bytes):<9}  {self.passes}"
+            f"{size:<29}  memory {show_bytes(self.memory_bytes) if self.memory_bytes else '-':<9}  {self.passes}"
         ]
         lines += [f"{'':<11}differs from what is cached: {text}" for text in self.differs]
         return "\n".join(lines)

@@ -65,7 +65,7 @@ class Work:
         before: called once before the first block that is computed here.
         holds: a data set to have in memory while blocks are computed, where it fits.
         computing: what surrounds all computing, such as the model's ``eval()`` mode.
-        memory_bytes: what one process holds at once, beside model and data.
+        memory: returns what one process holds at once, beside model and data; refuses what is more than there is.
         passes: what it reads how often, for people.
         unit: what an entry of its grid is, for people.
         beside: works, and where they are kept, whose blocks are computed with this one's where that costs little.
@@ -79,7 +79,7 @@ class Work:
     before: Callable[[], None] = lambda: None
     holds: DataSet | None = None
     computing: Callable[[], AbstractContextManager[None]] = nullcontext
-    memory_bytes: int = 0
+    memory: Callable[[], int] = lambda: 0
     passes: str = ""
     unit: str = "samples"
     beside: list[tuple[Work, Group]] = field(default_factory=list)
@@ -304,6 +304,8 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
     if not missing and group.finished:
         return Outcome(0, len(work.stage.grid), time.monotonic() - began)
     log.info("%s: %d of %d blocks to compute, into %s", work.label, len(missing), len(work.stage.grid), group.path)
+    if missing:
+        work.memory()
     tries: Counter[tuple[int, ...]] = Counter()
     _give_back()
     with (

@@ -136,6 +136,8 @@ class RuntimeSettings(_Section):
         backend: joblib's name for what starts them: "loky" on this machine, or one that was registered with joblib.
         memory: what one process may hold at once for its work, beside model and data set.
         device_batch: samples on the device at once, for gradients and for curvature products.
+        device_memory: what these may hold there; by default half of what a GPU has free, a quarter of ``memory`` on
+            the CPU.
         progress: show progress bars.
         log_file: a file that gets a line for everything that happens.
     """
@@ -145,6 +147,7 @@ class RuntimeSettings(_Section):
     backend: Annotated[str, AfterValidator(_of_processes)] = "loky"
     memory: Bytes = 2 * 2**30
     device_batch: Literal["auto"] | Count = "auto"
+    device_memory: Literal["auto"] | Bytes = "auto"
     progress: bool = True
     log_file: AnyPath | None = None
 

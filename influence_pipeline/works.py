@@ -17,10 +17,11 @@ from influence_pipeline.cache import Cache, Group, group_name
 from influence_pipeline.cache.encoding import round_trip
 from influence_pipeline.cache.record import digest
 from influence_pipeline.context import Context, sentinels
-from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError
+from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
 from influence_pipeline.plan import show_bytes
 from influence_pipeline.runner import DIGESTS, Work, pending
 from influence_pipeline.samples import DataSet, changed_samples
+from stages.device_batch import DeviceBatch
 from stages.grad_z import ComputedRows, GradZ, PerSample
 from stages.influence import Influence
 from stages.s_test import STest
@@ -242,7 +243,7 @@ class Works:
     def measurements_differ(self, group: Group, tests: str, rows: Sequence[int]) -> list[str]:
         """Compute cached measurements again; return what is to be said of those that are others."""
         function, found = self.context.function, []
-        per_sample = PerSample(function, function.measurements, self.context.test(tests), 1)
+        per_sample = PerSample(function, function.measurements, self.context.test(tests), DeviceBatch(1))
         with self.context.evaluating():
             values = [float(found.values[0]) for found in per_sample.rows(rows)]
         for row, now in zip(rows, values, strict=True):
@@ -334,19 +335,19 @@ class Works:
         return Works(self.context, Cache(self.cache.path / "nothing")).work(place)
 
     def _grad_z(self) -> Work:
-        context = self.context
+        context, place = self.context, self.grad_z_place()
         dim, itemsize, encoding = context.dim, context.function.dtype.itemsize, self.settings.grad_z.encoding
         stage = self._grad_z_stage()
         rows = min(stage.grid.axes[0].band, len(context.train))
 
         def needed(memory: int) -> int:
-            return plan.gradients_memory(dim, rows, context.batch_within(memory), itemsize, encoding)
-
-        self._refuse(needed, f"grad_z: a block of gradients with {dim} coordinates")
+            batch, kept = context.batch_within("gradients", memory), context.few.kept("gradients", context.device)
+            return plan.gradients_memory(dim, rows, batch, itemsize, encoding) + min(batch, rows) * kept
 
         def before() -> None:
             _check_fixed(context.train)
             self.check_code()
+            self._resume(place, gradients=stage.per_sample.batch)
 
         return Work(
             stage,
@@ -354,7 +355,7 @@ class Works:
             context.train,
             before=before,
             computing=context.evaluating,
-            memory_bytes=needed(context.memory),
+            memory=lambda: self._memory(needed, ["gradients"], f"grad_z: a block of gradients with {dim} coordinates"),
             passes="1 pass over the training set",
         )
 
@@ -362,9 +363,28 @@ class Works:
         context, encoding = self.context, self.settings.grad_z.encoding
         rows = self.band(self.grad_z_place(), "sample", plan.block_rows(context.dim))
         return GradZ(
-            *(context.function, context.train, rows, encoding, context.gradient_batch),
+            *(context.function, context.train, rows, encoding, self._batch(context.memory)),
             functools.partial(round_trip, encoding=encoding) if self.settings.grad_z.store else None,
         )
+
+    def _batch(self, memory_bytes: int) -> DeviceBatch:
+        """Return the number of samples whose gradients are computed together, chosen when it is asked for."""
+        return DeviceBatch(functools.partial(self.context.batch_within, "gradients", memory_bytes))
+
+    def _resume(self, place: Place, **batches: DeviceBatch) -> None:
+        """Begin with the numbers of samples that cached blocks were computed with, where they fit.
+
+        Args:
+            place: of the blocks.
+            batches: by what is computed of them, in the order in which they are kept.
+        """
+        group = self.find(place)
+        there = [] if group is None else [block for block in group.layout.grid if group.whole(block)]
+        if group is None or not there or self.settings.runtime.device_batch != "auto":
+            return
+        kept = np.stack([np.ravel(group.array("batch")[block.index[0]]) for block in there]).min(axis=0)
+        for most, (kind, batch) in zip(kept.tolist(), batches.items(), strict=True):
+            batch.size = self.context.batch_within(kind, self.context.memory, most)
 
     def _curvature(self) -> Work:
         context, solver, count = self.context, self.settings.s_test, self.curvature_samples
@@ -381,7 +401,7 @@ class Works:
             before=self.check_code,
             holds=context.train,
             computing=context.evaluating,
-            memory_bytes=stage.held_bytes,
+            memory=lambda: self._memory(lambda memory: stage.held_bytes, [stage.curvature.kind], None),
             passes=f"the mean gradient{of}",
         )
 
@@ -403,19 +423,22 @@ class Works:
         curvature = context.curvature(self.curvature_samples)
 
         def within(memory: int) -> STest:
-            return STest(solver, curvature, prepared, data, rows, context.batch_within(memory), memory)
+            return STest(solver, curvature, prepared, data, rows, self._batch(memory), memory)
 
         stage = within(context.memory)
-        self._refuse(
-            lambda memory: within(memory).held_bytes(1), f"s_test: solver {solver.solver!r}, for one test sample,"
-        )
+
+        def memory() -> int:
+            what = f"s_test: solver {solver.solver!r}, for one test sample,"
+            self._memory(lambda memory: within(memory).held_bytes(1), ["gradients", curvature.kind], what)
+            return stage.held_bytes(min(stage.rows_at_once, rows, len(data)))
 
         def before() -> None:
             _check_fixed(data)
             self.check_code()
             self.check_measurement(tests)
+            batches = {"gradients": stage.per_sample.batch, curvature.kind: curvature.batch}
+            self._resume(self.s_test_place(tests), **batches)
 
-        at_once = min(stage.rows_at_once, rows, len(data))
         blocks = len(stage.grid)
         return Work(
             stage,
@@ -425,7 +448,7 @@ class Works:
             before=before,
             holds=None if solver.preparation() is None else context.train,
             computing=context.evaluating,
-            memory_bytes=stage.held_bytes(at_once),
+            memory=memory,
             passes=f"{solver.solver}, {blocks} block{'s' * (blocks > 1)}{solver.passes()}",
         )
 
@@ -526,7 +549,7 @@ class Works:
             inputs=inputs,
             before=before,
             computing=context.evaluating,
-            memory_bytes=reads.memory_bytes,
+            memory=lambda: reads.memory_bytes,
             passes=f"{reads.passes} pass{'es' * (reads.passes > 1)} over {of}",
         )
 
@@ -548,18 +571,33 @@ class Works:
             return _Absent((len(context.train), context.dim)), lambda band: digest([]), False
         return group.rows("gradients"), lambda band: group.contents(_covering(stage.grid, band)), False
 
-    def _refuse(self, needed: Callable[[int], int], what: str) -> None:
-        """Refuse what does not fit the memory; ``needed`` says what is needed where there is so much.
+    def _memory(self, needed: Callable[[int], int], kinds: Sequence[str], what: str | None) -> int:
+        """Return what is held at once; refuse what does not fit the memory.
+
+        Args:
+            needed: says what is needed where there is so much.
+            kinds: of what is computed on the device.
+            what: is refused, for people; None where less memory takes longer.
 
         Raises:
             RequestError: with bytes that are enough.
+            WorkError: some samples do not fit while they are looked at.
         """
-        enough = plan.enough(needed, self.context.memory)
-        if enough > self.context.memory:
+        try:
+            for kind in kinds:
+                self.context.check_device_memory(kind)
+            enough = plan.enough(needed, self.context.memory)
+            held = needed(self.context.memory)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise WorkError(f"out of memory: {error}") from error
+        except StageError as error:
+            raise RequestError(str(error)) from error
+        if what is not None and enough > self.context.memory:
             raise RequestError(
                 f"{what} needs {show_bytes(enough, up=True)}; runtime.memory is {show_bytes(self.context.memory)}: "
                 "raise it, or choose fewer parameters ([grad_z] parameters)"
             )
+        return held
 
 
 class _Absent:

@@ -63,17 +63,22 @@ def shapes(tree: Batch) -> str:
 
 
 def take(tree: Batch, index: int) -> Batch:
-    """Return the batch that holds one sample of this one; lists of the batch's length are cut as tensors are."""
+    """Return the batch that holds one sample of this one."""
+    return part(tree, slice(index, index + 1))
+
+
+def part(tree: Batch, index: slice) -> Batch:
+    """Return the batch that holds some samples of this one; lists of the batch's length are cut as tensors are."""
     count = size(tree)
 
     def one(node: Any) -> Any:
         if isinstance(node, Tensor):
-            return node[index : index + 1]
+            return node[index]
         if isinstance(node, Mapping):
             return {key: one(value) for key, value in node.items()}
         if isinstance(node, (tuple, list)):
             if len(node) == count and not any(isinstance(leaf, Tensor) for leaf in leaves(node)):
-                return type(node)((node[index],))
+                return type(node)(node[index])
             parts = (one(value) for value in node)
             return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
         return node

@@ -82,14 +82,14 @@ class Kronecker:
     def project(self, values: Tensor) -> Tensor:
         """(…, *shape) -> (…, r · c)."""
         matrix = values.reshape(*_lead(values, self.shape), *as_matrix(self.shape))
-        matrix = matrix if self.left is None else self.left.to(matrix.dtype) @ matrix
-        return (matrix if self.right is None else matrix @ self.right.to(matrix.dtype).T).flatten(-2)
+        matrix = matrix if self.left is None else self.left @ matrix
+        return (matrix if self.right is None else matrix @ self.right.T).flatten(-2)
 
     def expand(self, vectors: Tensor) -> Tensor:
         """(…, r · c) -> (…, *shape)."""
         matrix = vectors.reshape(*vectors.shape[:-1], *self.sides)
-        matrix = matrix if self.left is None else self.left.T.to(matrix.dtype) @ matrix
-        matrix = matrix if self.right is None else matrix @ self.right.to(matrix.dtype)
+        matrix = matrix if self.left is None else self.left.T @ matrix
+        matrix = matrix if self.right is None else matrix @ self.right
         return matrix.reshape(*vectors.shape[:-1], *self.shape)
 
 
@@ -172,7 +172,7 @@ class Coordinates:
 
     def project(self, values: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Return the coordinates (…, D) of one tensor (…, *shape) for each parameter."""
-        parts = [one.project(values[name]).to(dtype) for name, one in self.maps.items()]
+        parts = [one.project(values[name].to(dtype)) for name, one in self.maps.items()]
         return torch.cat(parts, dim=-1) if self.separate else torch.stack(parts).sum(0)
 
     def expand(self, vectors: Tensor) -> dict[str, Tensor]:

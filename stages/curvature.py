@@ -8,6 +8,7 @@ Shapes: ``T`` vectors, ``D`` coordinates, ``B`` samples in a batch, ``N`` traini
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -20,8 +21,9 @@ from torch.func import grad, vjp, vmap
 
 from stages import work
 from stages.batch import only_tensors, shapes, size, split
+from stages.device_batch import DeviceBatch, refuse_memory
 from stages.grad_z import loop, refuse_infinite
-from stages.grad_z.choose import TOLERANCE, advice, choose, naming, reason, refuse_memory, relative_difference
+from stages.grad_z.choose import advice, choose, naming, reason, relative_difference, tolerance
 from stages.grad_z.hooks import Hooks
 from stages.jacobian import Linearised, ggn_products, linearised
 from stages.parameters import ModelFunction, Parameters
@@ -38,7 +40,7 @@ PROBES = 8
 """Samples on which two ways to the same products are compared."""
 UNITS = 64
 """Unit vectors that are multiplied together for a matrix that the Jacobian does not give."""
-KEPT = 4
+KEPT_PART = 4
 """A Jacobian that is kept between products has one part in so many of the memory at most."""
 
 
@@ -50,14 +52,14 @@ class Curvature:
         function: the model.
         samples: the training set.
         kind: "hessian" or "ggn".
-        batch_size: samples on the device at once.
+        batch: samples on the device at once.
         memory_bytes: what all work may hold, of which products take a part.
     """
 
     function: ModelFunction
     samples: Samples
     kind: Kind
-    batch_size: int
+    batch: DeviceBatch
     memory_bytes: int
     _work: dict[str, work.Work] = field(init=False, default_factory=dict)
     _jacobian: bool | None = field(init=False, default=None)
@@ -73,17 +75,34 @@ class Curvature:
         return self.function.size
 
     @property
+    def batch_size(self) -> int:
+        """Samples on the device at once."""
+        return self.batch.size
+
+    @functools.cached_property
+    def few(self) -> work.Work:
+        """The work of a few samples, with what the model keeps of each; nothing where the model raises.
+
+        Raises:
+            MemoryError: not even these fit.
+        """
+        return work.of_samples(self.function, self.samples)
+
+    @property
     def together(self) -> int:
         """Numbers in the largest array that products make, where that is for them to choose."""
-        return work.together(self.dim, self.kind, self.memory_bytes, self.function.dtype.itemsize)
+        return work.together(self.function.entries, self.kind, self.memory_bytes, self.function.dtype.itemsize)
 
     @property
     def product_bytes(self) -> int:
-        """What products hold at most, beside vectors as many as theirs and what the model keeps of a batch.
+        """What products hold at most, beside vectors as many as theirs.
 
         The sum and what is added to it are two arrays of the vectors' size, and one sample's Jacobian may be a third.
         """
-        return work.ARRAYS[self.kind] * self.together * self.function.dtype.itemsize
+        few, batch = self.few, self.batch.size
+        numbers = max(self.together, batch * few.widest // few.samples)
+        kept = few.kept(self.kind, self.function.device)
+        return work.ARRAYS[self.kind] * numbers * self.function.dtype.itemsize + batch * kept
 
     def product(self, vectors_TD: Tensor, ids: Sequence[int] | None = None, report: Report = silent) -> Tensor:
         """Return H v for each row v, (T, D), with the mean over ``ids`` (default: the whole training set).
@@ -103,10 +122,12 @@ class Curvature:
         total_TD = torch.zeros_like(vectors_TD)
         done = 0
         with closing(self.samples.batches(ids, self.batch_size)) as batches:
-            for batch in batches:
-                total_TD += self._sum(batch)(vectors_TD)
-                done += size(batch)
-                report(Progress(done, len(ids), f"{self.kind} products"))
+            for whole in batches:
+                for batch, found_TD in self.batch.pieces(whole, lambda batch: self._sum(batch)(vectors_TD)):
+                    total_TD += found_TD
+                    done += size(batch)
+                    report(Progress(done, len(ids), f"{self.kind} products"))
+                    del found_TD
         self._refuse_infinite(total_TD, vectors_TD, ids)
         return total_TD
 
@@ -133,24 +154,24 @@ class Curvature:
         return product
 
     def kept_bytes(self, count: int) -> int:
-        """Return what :meth:`over` keeps of ``count`` samples, at most."""
-        if self.kind != "ggn":
-            return 0
-        return min(self.memory_bytes // KEPT, count * self.dim**2 * self.function.dtype.itemsize)
+        """Return what :meth:`over` keeps of ``count`` samples, at most; nothing where it does not pay or fit."""
+        numbers = count * self.few.outputs * self.dim * self.function.dtype.itemsize
+        pays = self.kind == "ggn" and self.few.kept_jacobian_pays(self.together)
+        return numbers if pays and numbers <= self.memory_bytes // KEPT_PART else 0
 
     def _jacobian_of(self, ids: Sequence[int], vectors_TD: Tensor) -> list[Linearised]:
-        """Return the Jacobian of some samples, none where it does not pay or is too large to keep."""
-        few = self.samples.batch(ids[:PROBES])
-        sizes = self._sizes(few)
-        numbers = len(ids) * sizes.outputs * self.dim
-        fits = numbers * self.function.dtype.itemsize <= self.memory_bytes // KEPT
-        if not fits or not sizes.kept_jacobian_pays(self.together) or not self._may_use_jacobian(few, vectors_TD):
+        """Return the Jacobian of some samples, none where it is not to be kept."""
+        if not self.kept_bytes(len(ids)) or not self._may_use_jacobian(self.samples.batch(ids[:PROBES]), vectors_TD):
             return []
         found: list[Linearised] = []
-        with closing(self.samples.batches(ids, sizes.samples_together(self.together))) as batches:
-            for batch in batches:
-                found += linearised(self.function, batch, size(batch), self._hooks)
+        with closing(self.samples.batches(ids, self.few.samples_together(self.together))) as batches:
+            for whole in batches:
+                for _, parts in self.batch.pieces(whole, self._linearised):
+                    found += parts
         return found
+
+    def _linearised(self, batch: Batch) -> list[Linearised]:
+        return list(linearised(self.function, batch, size(batch), self._hooks))
 
     def _refuse_infinite(self, total_TD: Tensor, vectors_TD: Tensor, ids: Sequence[int]) -> None:
         """Refuse products that are not finite.
@@ -168,8 +189,16 @@ class Curvature:
 
     def on(self, batch: Batch) -> Product:
         """Return what multiplies by H with the mean over one batch, which is linearised once for all products."""
-        count, total = size(batch), self._sum(batch)
-        return lambda vectors_TD: total(vectors_TD).div_(count).addcmul_(self.l2, vectors_TD)
+        count, whole = size(batch), self._sum(batch)
+
+        def product(vectors_TD: Tensor) -> Tensor:
+            pieces = self.batch.pieces(batch, lambda p: (whole if p is batch else self._sum(p))(vectors_TD))
+            total_TD = next(pieces)[1]
+            for _, found_TD in pieces:
+                total_TD += found_TD
+            return total_TD.div_(count).addcmul_(self.l2, vectors_TD)
+
+        return product
 
     def gradient(self, sum_D: Tensor) -> Tensor:
         """Return the gradient of the training objective, (1/N) Σ ∇L(z_i, θ) + l2·θ, (D,): zero at an optimum.
@@ -188,23 +217,24 @@ class Curvature:
         params = self.function.params
         total_D = torch.zeros(self.dim, dtype=torch.float64, device=self.function.device)
         done = 0
+
+        def summed(batch: Batch) -> Tensor:
+            leaves = {name: parameter.detach().requires_grad_() for name, parameter in params.items()}
+            with naming(f"at training samples {ids[done]} to {ids[done + size(batch) - 1]}"):
+                found = torch.autograd.grad(
+                    self._total_loss(leaves, batch), list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
+            return self.function.flatten(dict(zip(leaves, found, strict=True)))
+
         with closing(self.samples.batches(ids, self.batch_size)) as batches:
-            for batch in batches:
-                leaves = {name: parameter.detach().requires_grad_() for name, parameter in params.items()}
-                now = ids[done : done + size(batch)]
-                with naming(f"at training samples {now[0]} to {now[-1]}"):
-                    found = torch.autograd.grad(
-                        self._total_loss(leaves, batch),
-                        list(leaves.values()),
-                        allow_unused=True,
-                        materialize_grads=True,
-                    )
-                flat_D = self.function.flatten(dict(zip(leaves, found, strict=True)))
-                if not torch.isfinite(flat_D).all():
-                    refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), now)
-                total_D += flat_D
-                done += size(batch)
-                report(Progress(done, len(ids), "mean gradient"))
+            for whole in batches:
+                for batch, flat_D in self.batch.pieces(whole, summed):
+                    if not torch.isfinite(flat_D).all():
+                        now = ids[done : done + size(batch)]
+                        refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), now)
+                    total_D += flat_D
+                    done += size(batch)
+                    report(Progress(done, len(ids), "mean gradient"))
         return total_D
 
     def matrix(self, ids: Sequence[int], report: Report = silent) -> Tensor:
@@ -214,23 +244,30 @@ class Curvature:
             StageError: it is not finite.
         """
         done, signs = 0, random_signs(2, self.dim, self.l2, seed=0)
-        total_DD = torch.zeros(self.dim, self.dim, dtype=self.l2.dtype, device=self.l2.device)
+        total_DD = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.l2.device)
         with closing(self.samples.batches(ids, self.batch_size)) as batches:
-            for batch in batches:
-                sizes = self._sizes(batch)
-                if sizes.jacobian_fits(self.together) and self._may_use_jacobian(batch, signs):
-                    together = sizes.samples_together(self.together)
-                    for part in linearised(self.function, batch, together, self._hooks):
-                        part.add_matrix(total_DD)
-                else:
-                    product = self._sum(batch)
-                    for start in range(0, self.dim, UNITS):
-                        rows = range(start, min(start + UNITS, self.dim))
-                        total_DD[start : start + UNITS] += product(_units(rows, self.l2))
-                done += size(batch)
-                report(Progress(done, len(ids), "matrix"))
+            for whole in batches:
+                for batch, found_DD in self.batch.pieces(whole, lambda batch: self._matrix(batch, signs)):
+                    total_DD += found_DD
+                    done += size(batch)
+                    report(Progress(done, len(ids), "matrix"))
+                    del found_DD
         self._refuse_infinite(total_DD, signs, ids)
-        return total_DD.double()
+        return total_DD
+
+    def _matrix(self, batch: Batch, signs: Tensor) -> Tensor:
+        """Return Σ H_i over a batch, (D, D)."""
+        sizes = self._sizes(batch)
+        total_DD = torch.zeros(self.dim, self.dim, dtype=signs.dtype, device=signs.device)
+        if sizes.jacobian_fits(self.together) and self._may_use_jacobian(batch, signs):
+            for part in linearised(self.function, batch, sizes.samples_together(self.together), self._hooks):
+                part.add_matrix(total_DD)
+            return total_DD
+        product = self._sum(batch)
+        for start in range(0, self.dim, UNITS):
+            rows = range(start, min(start + UNITS, self.dim))
+            total_DD[start : start + UNITS] = product(_units(rows, self.l2))
+        return total_DD
 
     def forms(self, vectors_TD: Tensor, ids: Sequence[int], report: Report = silent) -> Tensor:
         """Return vᵀ Σ H_i v over some samples for each row v, without the penalty, (T,) in double precision."""
@@ -268,6 +305,7 @@ class Curvature:
             except StageError:
                 raise
             except Exception as error:
+                linear = None
                 refuse_memory(error)
                 with torch.no_grad(), naming(f"on a batch of {shapes(batch)}"):
                     self.function.losses(self.function.params, batch)
@@ -303,6 +341,7 @@ class Curvature:
         tensors, join = split(batch)
         few = join([tensor[:PROBES] for tensor in tensors])
         expected = self._products(self._linear(few), 1, vectors_TD)
+        most = tolerance(self.function, self.function.losses, few)
         hooks = choose(self.function, self.function.losses, few)
         ways = [hooks] if isinstance(hooks, Hooks) and hooks.names == frozenset(self.function.params) else []
         for way in ways if ways and self.function.projected else [None, *ways]:
@@ -313,7 +352,7 @@ class Curvature:
                 log.info("products without the Jacobian by vmap, which cannot follow this model: %s", reason(error))
                 continue
             difference = relative_difference(found, expected)
-            if difference <= TOLERANCE.get(self.function.coarsest, 0.05):
+            if difference <= most:
                 self._hooks = way
                 return True
             log.warning("products without the Jacobian: they differ by %.2g", difference)

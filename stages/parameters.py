@@ -133,7 +133,7 @@ class ModelFunction:
     Attributes:
         params: the selected parameters by name, detached, on the device.
         coordinates: of their gradients.
-        dtype: of gradients and vectors, fit for all selected parameters.
+        dtype: of gradients and vectors, fit for all selected parameters: float32 at least.
         coarsest: the least precise dtype in the model.
     """
 
@@ -154,15 +154,16 @@ class ModelFunction:
         self.device = device
         self.task = task
         self.params: Parameters = {name: p.detach().to(device) for name, p in chosen.items()}
-        self.dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.params.values()))
+        self.dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.params.values()), torch.float32)
         self.coordinates = entries(self.params)
         if projection is not None:
             self.coordinates = projected(projection, self.params, self.dtype, device)
         self._module = _Outputs(model, task)
         self._constant = {n: p.detach().to(device) for n, p in model.named_parameters() if n not in chosen}
         self._buffers = {name: b.detach().to(device) for name, b in model.named_buffers()}
-        everything = (*self.params.values(), *self._constant.values(), *self._buffers.values())
-        self.coarsest = max((t.dtype for t in everything if t.is_floating_point()), key=lambda d: torch.finfo(d).eps)
+        self.coarsest = max(
+            (t.dtype for t in self.everything if t.is_floating_point()), key=lambda d: torch.finfo(d).eps
+        )
 
     def outputs(self, params: Parameters, batch: Batch) -> Tensor:
         """Return the outputs, (B, …)."""
@@ -177,6 +178,11 @@ class ModelFunction:
     def measurements(self, params: Parameters, batch: Batch) -> Tensor:
         """Return the measurement of each sample, (B,)."""
         return self._each(self.task.measurements(self.outputs(params, batch), batch), "measurements")
+
+    @property
+    def everything(self) -> tuple[Tensor, ...]:
+        """All parameters and buffers of the model, on the device."""
+        return *self.params.values(), *self._constant.values(), *self._buffers.values()
 
     @property
     def model(self) -> nn.Module:

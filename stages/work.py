@@ -5,6 +5,8 @@ Shapes: ``T`` vectors, ``D`` coordinates, ``B`` samples in a batch, ``K`` entrie
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +14,23 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.batch import size
+from stages.device_batch import DeviceBatch
 from stages.grad_z.hooks import formed
-from stages.parameters import ModelFunction
-from stages.stage import Batch
+from stages.parameters import ModelFunction, evaluating
+from stages.stage import Batch, Samples
+
+log = logging.getLogger(__name__)
 
 TOGETHER = 2**22
 """Numbers in the largest array that is worth making at once: larger ones leave the caches, and are paged in anew each
 time. Measured on networks of 650 to 42,000 parameters."""
 ARRAYS = {"ggn": 9, "hessian": 12}
 """How many arrays of that size products with a curvature hold at once, at most; measured."""
+KEPT = {"gradients": 5, "ggn": 4, "hessian": 6}
+"""How many times as much as a forward pass saves is held at once, at most; measured. That is the gradients of it, too,
+what the heap keeps of arrays below 32 MiB, up to as much as is in use, and what a linearisation saves."""
+FEW = 4
+"""Samples of which the work is counted before there is a batch."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,8 @@ class Work:
         entries: of the parameters.
         formed: entries of one gradient, or part of it, that are formed at once: D at least.
         backward: operations of a backward pass for one sample.
-        widest: numbers in the largest array that a backward pass needs.
+        widest: numbers in the largest array that a backward pass needs, parameters aside.
+        saved: bytes that a forward pass saves of one sample for the backward pass, parameters aside.
     """
 
     samples: int
@@ -44,6 +55,7 @@ class Work:
     formed: int
     backward: float
     widest: int
+    saved: int = 0
 
     def jacobian_pays(self, vectors: int, together: int) -> bool:
         """Say whether GGN products take fewer operations by the Jacobian: K backward passes and two matrix products.
@@ -71,6 +83,15 @@ class Work:
         """Of how many samples to have the Jacobian at once."""
         return max(1, together // self._one_jacobian)
 
+    def kept(self, kind: str, device: torch.device) -> int:
+        """Return how many bytes are kept in memory for each sample of a batch; on a GPU they are the device's."""
+        return KEPT[kind] * self.saved if device.type == "cpu" else 0
+
+    def on_device(self, kind: str, itemsize: int) -> int:
+        """Return how many bytes each sample of a batch takes on the device, at most."""
+        own = 2 * self.formed if kind == "gradients" else ARRAYS[kind] * self.widest // self.samples
+        return own * itemsize + KEPT[kind] * self.saved
+
     @property
     def _one_jacobian(self) -> int:
         """Numbers in the largest array that one sample's Jacobian takes."""
@@ -84,11 +105,15 @@ def together(dim: int, kind: str, memory_bytes: int, itemsize: int) -> int:
 
 def count(function: ModelFunction, batch: Batch) -> Work:
     """Count the work of a batch by one forward and one backward pass."""
-    widest = 0
+    known = {parameter.untyped_storage().data_ptr() for parameter in function.everything}
+    widest, held = 0, dict[int, int]()
 
     def saved(tensor: Tensor) -> Tensor:
         nonlocal widest
-        widest = max(widest, tensor.numel())
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            widest = max(widest, tensor.numel())
+            held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in function.params.items()}
@@ -99,5 +124,22 @@ def count(function: ModelFunction, batch: Batch) -> Work:
     with FlopCounterMode(display=False) as counter:
         if outputs.requires_grad:
             torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
-    sizes = function.size, function.entries, formed(function)
-    return Work(samples, per_sample, *sizes, counter.get_total_flops() / samples, widest)
+    backward, each = counter.get_total_flops() / samples, math.ceil(sum(held.values()) / samples)
+    return Work(samples, per_sample, function.size, function.entries, formed(function), backward, widest, each)
+
+
+def of_samples(function: ModelFunction, samples: Samples) -> Work:
+    """Count the work of the first samples of a data set; none where the model raises, which stages say better.
+
+    Raises:
+        MemoryError: they do not fit, one at a time.
+    """
+    batch = samples.batch(range(min(FEW, len(samples))))
+    try:
+        with evaluating(function.model):
+            return next(DeviceBatch(FEW).pieces(batch, lambda piece: count(function, piece)))[1]
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a model raises
+        log.info("what a batch keeps is not known: the model raised %s", type(error).__name__)
+        return Work(1, 0, function.size, function.entries, function.entries, 0.0, 0)

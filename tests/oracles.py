@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.curvature import Curvature
+from stages.device_batch import DeviceBatch
 from stages.parameters import ModelFunction
 from stages.projection import Projection
 from stages.s_test.prepare import Prepare
@@ -117,7 +118,7 @@ class Case:
 
     def curvature(self, kind: str, batch_size: int = 5, memory_bytes: int = 2**30) -> Curvature:
         """What the package makes of its curvature."""
-        return Curvature(self.function, self.data, kind, batch_size, memory_bytes)
+        return Curvature(self.function, self.data, kind, DeviceBatch(batch_size), memory_bytes)
 
     @property
     def parameters(self) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 import influence_pipeline as ip
 from influence_pipeline.context import Context
+from stages.device_batch import DeviceBatch
 from stages.grad_z import PerSample
 
 
@@ -77,7 +78,9 @@ def small(bench: Bench) -> float:
     pipeline.s_test("further")
     vectors, context = solutions(pipeline), Context(experiment, workload.settings())
     data = InMemory(*(tensor[:samples] for tensor in workload.images(workload.DISTINCT)))
-    per_sample = PerSample(context.function, context.function.losses, data, context.gradient_batch)
+    per_sample = PerSample(
+        context.function, context.function.losses, data, DeviceBatch(context.batch_within("gradients", context.memory))
+    )
 
     def recomputed() -> Tensor:
         with context.evaluating():

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import influence_pipeline as ip
 from influence_pipeline.context import Context
+from stages.device_batch import DeviceBatch
 from stages.grad_z import PerSample
 
 
@@ -72,7 +73,9 @@ def computed(samples: int) -> Side:
     context = Context(workload.experiment(samples, {}), workload.settings())
     inputs, labels = workload.images(workload.DISTINCT)
     data = InMemory(inputs[:samples], labels[:samples])
-    per_sample = PerSample(context.function, context.function.losses, data, context.gradient_batch)
+    per_sample = PerSample(
+        context.function, context.function.losses, data, DeviceBatch(context.batch_within("gradients", context.memory))
+    )
 
     def run() -> None:
         with context.evaluating():

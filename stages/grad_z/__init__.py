@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.batch import size
+from stages.device_batch import DeviceBatch
 from stages.grad_z.choose import check_neighbours, choose, naming
 from stages.grad_z.fidelity import OfEncoding, OfProjection, RoundTrip
 from stages.grad_z.technique import Technique, Values
@@ -67,13 +68,13 @@ class PerSample:
         function: the model.
         values: what is differentiated, ``function.losses`` or ``function.measurements``.
         samples: the data set.
-        batch_size: samples on the device at once.
+        batch: samples on the device at once.
     """
 
     function: ModelFunction
     values: Values
     samples: Samples
-    batch_size: int
+    batch: DeviceBatch
     _technique: Technique | None = None
 
     def check(self) -> None:
@@ -84,18 +85,32 @@ class PerSample:
         """
         count = len(self.samples)
         ids = sorted({round(i * (count - 1) / max(1, PROBES - 1)) for i in range(PROBES)})
-        batch = self.samples.batch(ids)
-        check_neighbours(self.function, self.values, batch)
-        self._technique = choose(self.function, self.values, batch)
-        grads, _ = self._technique(self.function, self.values, batch)
-        if not grads.any():
-            many = self.samples.batch(range(min(count, 64)))
-            if not self._technique(self.function, self.values, many)[0].any():
+        probes = DeviceBatch(len(ids))
+        _, self._technique = next(probes.pieces(self.samples.batch(ids), self._chosen))
+        if probes.size < len(ids):
+            self.batch.size = min(self.batch.size, probes.size)
+        if not self._any(ids):
+            many = range(min(count, 64))
+            if not self._any(many):
                 raise StageError(
                     f"every gradient is zero for all of {', '.join(self.function.params)} "
-                    f"(looked at samples {ids} and the first {size(many)}): "
+                    f"(looked at samples {ids} and the first {len(many)}): "
                     "the loss does not depend on these parameters, or the model is dead there"
                 )
+
+    def _chosen(self, batch: Batch) -> Technique:
+        """Choose how gradients are computed, of some samples."""
+        check_neighbours(self.function, self.values, batch)
+        return choose(self.function, self.values, batch)
+
+    def _any(self, ids: Sequence[int]) -> bool:
+        """Say whether some gradient of some samples is not zero."""
+        found = self.batch.pieces(self.samples.batch(ids), self._gradients)
+        return any(bool(grads.any()) for _, (grads, _) in found)
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert self._technique is not None
+        return self._technique(self.function, self.values, batch)
 
     def rows(self, ids: Sequence[int]) -> Iterator[Rows]:
         """Yield the gradients of samples, a batch at a time.
@@ -105,15 +120,19 @@ class PerSample:
         """
         if self._technique is None:
             self.check()
-        assert self._technique is not None
         start = 0
-        with closing(self.samples.batches(ids, self.batch_size)) as batches:
-            for batch in batches:
-                with naming(f"at samples {ids[start]} to {ids[min(start + self.batch_size, len(ids)) - 1]}"):
-                    grads, values = self._technique(self.function, self.values, batch)
-                found = refuse_infinite(grads, values, ids[start : start + len(grads)])
-                yield Rows(batch, grads, values, found)
-                start += len(grads)
+
+        def named(batch: Batch) -> tuple[Tensor, Tensor]:
+            with naming(f"at samples {ids[start]} to {ids[start + size(batch) - 1]}"):
+                return self._gradients(batch)
+
+        with closing(self.samples.batches(ids, self.batch.size)) as batches:
+            for whole in batches:
+                for batch, (grads, values) in self.batch.pieces(whole, named):
+                    found = refuse_infinite(grads, values, ids[start : start + len(grads)])
+                    yield Rows(batch, grads, values, found)
+                    start += len(grads)
+                    del grads, values, found
 
 
 def refuse_infinite(grads: Tensor, values: Tensor, ids: Sequence[int]) -> Tensor:
@@ -153,7 +172,7 @@ class GradZ(Stage):
         samples: Samples,
         block_rows: int,
         encoding: str,
-        batch_size: int,
+        batch: DeviceBatch,
         round_trip: RoundTrip | None,
     ) -> None:
         """Lay out the gradients of ``samples``.
@@ -163,11 +182,11 @@ class GradZ(Stage):
             samples: the training set.
             block_rows: samples of a block.
             encoding: how gradients are kept.
-            batch_size: samples on the device at once.
+            batch: samples on the device at once.
             round_trip: gives gradients as they come back from where they are kept; None where they are not, and
                 nothing is measured of what that loses.
         """
-        self.per_sample = PerSample(function, function.losses, samples, batch_size)
+        self.per_sample = PerSample(function, function.losses, samples, batch)
         self._round_trip = round_trip
         count, coordinates = len(samples), function.size
         self.grid = Grid((Axis("sample", count, block_rows),))
@@ -182,6 +201,9 @@ class GradZ(Stage):
             ArraySpec("norm", ("sample",), (count,), about="Euclidean norm of each gradient"),
             ArraySpec("loss", ("sample",), (count,), about="training loss of each sample"),
             ArraySpec("label", ("sample",), (count,), "float64", about="label of each sample, NaN where it has none"),
+            ArraySpec(
+                "batch", ("sample_block",), self.grid.shape, "int64", about="samples that were computed together"
+            ),
         )
         of_figures = ("sample_block", "figure"), (self.grid.shape[0], 2)
         if round_trip is not None:
@@ -222,7 +244,8 @@ class GradZ(Stage):
             report(Progress(done, len(ids), "gradients"))
         measured = {"fidelity": kept, "projection_fidelity": projection}
         unknown = np.full((1, 2), np.nan, np.float32)
-        yield {name: unknown if (of := measured[name]) is None else of.figures()[None] for name in figures}
+        last = {name: unknown if (of := measured[name]) is None else of.figures()[None] for name in figures}
+        yield {**last, "batch": np.array([self.per_sample.batch.size])}
 
 
 def labels(function: ModelFunction, batch: Batch, count: int) -> Array:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.batch import only_tensors, shapes, size, take
+from stages.device_batch import refuse_memory
 from stages.grad_z import hooks, loop, vmap
 from stages.grad_z.technique import Technique, Values
 from stages.parameters import ModelFunction
@@ -110,17 +111,22 @@ def _own(error: Exception) -> list[traceback.FrameSummary]:
     return [frame for name, frame in frames if name not in NOT_USERS]
 
 
-def refuse_memory(error: Exception) -> None:
-    """Do nothing, unless an error says that there is not enough memory; torch has no type for that on the CPU.
+def tolerance(function: ModelFunction, values: Values, batch: Batch) -> float:
+    """Return the largest relative difference between right ways: by the coarsest dtype of model or computation.
 
-    Raises:
-        MemoryError: it does.
-        OutOfMemoryError: it does, of the device.
+    Autocast computes in another dtype than that of the parameters, which is seen by what is kept for the backward pass.
     """
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        raise error
-    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
-        raise MemoryError(str(error)) from error
+    found = {function.coarsest}
+
+    def saved(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            found.add(tensor.dtype)
+        return tensor
+
+    params = {name: parameter.detach().requires_grad_() for name, parameter in function.params.items()}
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+        values(params, batch)
+    return max(TOLERANCE.get(dtype, 0.05) for dtype in found)
 
 
 @contextmanager
@@ -168,7 +174,7 @@ def check_neighbours(function: ModelFunction, values: Values, batch: Batch) -> N
             f"a batch of {size(batch)} samples has {len(together)} losses, its samples one at a time {len(alone)}"
         )
     difference = relative_difference(together, alone)
-    if difference > TOLERANCE.get(function.coarsest, 0.05):
+    if difference > tolerance(function, values, batch):
         raise StageError(
             f"in eval() mode a sample's loss differs by {difference:.2g} (relative) with the samples around it, "
             f"so it has no gradient of its own. {causes}"
@@ -209,9 +215,10 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     """
     with naming(f"in the gradients of a batch of {shapes(batch)}"):
         expected_BD, _ = loop.gradients(function, values, batch)
-    names, shared = _followed(function, values, batch, expected_BD)
+        most = tolerance(function, values, batch)
+    names, shared = _followed(function, values, batch, expected_BD, most)
     rest = ", ".join(name for name in function.params if name not in names)
-    other = _whole(function, values, batch, expected_BD, logging.INFO if rest else logging.DEBUG)
+    other = _whole(function, values, batch, expected_BD, most, logging.INFO if rest else logging.DEBUG)
     how = "by vmap" if other is vmap.gradients else "one sample at a time"
     few = sum(function.params[name].numel() for name in names) < MOST * function.entries
     if few or (rest and other is vmap.gradients and function.entries < SECOND_PASS):
@@ -221,7 +228,9 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     return hooks.Hooks(names, other, shared)
 
 
-def _whole(function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor, level: int) -> Technique:
+def _whole(
+    function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor, most: float, level: int
+) -> Technique:
     """Return ``vmap`` where it gives what is expected, otherwise the loop; a refusal is logged on ``level``."""
     if not only_tensors(batch):
         log.log(level, "vmap is not used: the batch holds more than tensors")
@@ -230,21 +239,21 @@ def _whole(function: ModelFunction, values: Values, batch: Batch, expected_BD: T
     if found_BD is None:
         return loop.gradients
     difference = relative_difference(found_BD, expected_BD)
-    if difference > TOLERANCE.get(function.coarsest, 0.05):
+    if difference > most:
         log.warning("vmap is not used: vmap differs from the loop by %.2g", difference)
         return loop.gradients
     return vmap.gradients
 
 
 def _followed(
-    function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor
+    function: ModelFunction, values: Values, batch: Batch, expected_BD: Tensor, most: float
 ) -> tuple[frozenset[str], frozenset[str]]:
     """Return the parameters whose gradients by layer hooks are what is expected; and those that all samples share."""
     owned = hooks.owners(function)
     known = frozenset(name for owner in owned for name in owner.names.values())
-    names = _right(function, values, batch, expected_BD, known, frozenset())
+    names = _right(function, values, batch, expected_BD, known, frozenset(), most)
     tables = frozenset(name for owner in owned if owner.layer.shareable for name in owner.names.values()) - names
-    shared = _right(function, values, batch, expected_BD, tables, tables) if tables else tables
+    shared = _right(function, values, batch, expected_BD, tables, tables, most) if tables else tables
     return names | shared, shared
 
 
@@ -255,6 +264,7 @@ def _right(
     expected_BD: Tensor,
     names: frozenset[str],
     shared: frozenset[str],
+    most: float,
 ) -> frozenset[str]:
     """Return those of ``names`` whose gradients by layer hooks are what is expected."""
     attempt = _attempt("layer hooks", lambda: hooks.gradients(function, values, batch, names, shared))
@@ -263,7 +273,6 @@ def _right(
     found_BD, _, unfit = attempt
     # Relative to the largest entry of all, since a parameter's own gradient may be nothing but rounding.
     largest = float(torch.where(torch.isfinite(expected_BD), expected_BD, 0).abs().max())
-    most = TOLERANCE.get(function.coarsest, 0.05)
     columns = function.coordinates.columns
 
     def agrees(name: str) -> bool:

@@ -246,7 +246,7 @@ def fill(out_BD: Tensor, function: ModelFunction, calls: list[tuple[Call, Tensor
             if first and isinstance(maps[name], Entries) and target.dtype == grads.dtype:
                 call.owner.layer.write(call.owner.module, own, inputs, grads, target.view(shape))
             else:
-                part = _coordinates(call, own, inputs, grads, shape, maps[name])
+                part = _coordinates(call, own, inputs, grads, out_BD.dtype, shape, maps[name])
                 target.copy_(part) if first else target.add_(part)
             written.add(name)
     if separate:
@@ -254,13 +254,16 @@ def fill(out_BD: Tensor, function: ModelFunction, calls: list[tuple[Call, Tensor
             out_BD[:, columns[name]] = 0
 
 
-def _coordinates(call: Call, own: str, inputs: Tensor, grads: Tensor, shape: tuple[int, ...], one: Map) -> Tensor:
+def _coordinates(
+    call: Call, own: str, inputs: Tensor, grads: Tensor, dtype: torch.dtype, shape: tuple[int, ...], one: Map
+) -> Tensor:
     """Return the coordinates of one parameter's gradients in one call, (B, size)."""
     factors = call.owner.layer.factors
     if isinstance(one, Kronecker) and own == "weight" and factors is not None:
-        found = factors(call.owner.module, inputs, grads, one)
+        exact = inputs.to(dtype) if inputs.is_floating_point() else inputs
+        found = factors(call.owner.module, exact, grads.to(dtype), one)
         if found is not None:
             return torch.bmm(*found).flatten(1)
     part = torch.empty(shape, dtype=grads.dtype, device=grads.device)
     call.owner.layer.write(call.owner.module, own, inputs, grads, part)
-    return one.project(part)
+    return one.project(part.to(dtype))

@@ -101,7 +101,7 @@ def linear_factors(module: nn.Module, inputs: Tensor, grads: Tensor, one: Kronec
 
 def projected(values: Tensor, side: Tensor | None) -> Tensor:
     """Project the last dimension, to (…, r); None where it stays."""
-    return values if side is None else values @ side.to(values.dtype).T
+    return values if side is None else values @ side.T
 
 
 def write_transposed_linear(module: nn.Module, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
@@ -150,7 +150,7 @@ def convolution_factors(module: Any, inputs: Tensor, grads: Tensor, one: Kroneck
         return None
     dims, width = len(module.kernel_size), len(one.right)
     convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
-    kernels = one.right.to(inputs.dtype).reshape(width, -1, *module.kernel_size)
+    kernels = one.right.reshape(width, -1, *module.kernel_size)
     seen = convolve(
         padded(module, inputs), kernels.repeat(groups, *(1 for _ in kernels.shape[1:])),
         stride=module.stride, dilation=module.dilation, groups=groups,
@@ -159,7 +159,7 @@ def convolution_factors(module: Any, inputs: Tensor, grads: Tensor, one: Kroneck
     grads_BGOP = grads.reshape(count, groups, module.out_channels // groups, -1)
     if one.left is None:
         return grads_BGOP.squeeze(1), seen_BQc
-    left_rGO = one.left.to(grads.dtype).reshape(len(one.left), groups, -1)
+    left_rGO = one.left.reshape(len(one.left), groups, -1)
     return torch.einsum("rgo,bgop->brgp", left_rGO, grads_BGOP).flatten(2), seen_BQc
 
 
@@ -210,7 +210,7 @@ def embedding_factors(
     grads_BPO = grads.reshape(*index_BP.shape, -1)
     if module.padding_idx is not None:
         grads_BPO = grads_BPO.masked_fill((index_BP == module.padding_idx).unsqueeze(2), 0)
-    rows_BrP = one.left.to(grads.dtype)[:, index_BP].transpose(0, 1)
+    rows_BrP = one.left[:, index_BP].transpose(0, 1)
     return rows_BrP, projected(grads_BPO, one.right)
 
 

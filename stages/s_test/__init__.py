@@ -6,6 +6,7 @@ found by itself. None imports PyTorch before it computes, so that settings are r
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -18,6 +19,7 @@ from stages.stage import Array, ArraySpec, Axis, Block, Grid, Report, Samples, S
 
 if TYPE_CHECKING:
     from stages.curvature import Curvature
+    from stages.device_batch import DeviceBatch
 
 
 def solvers() -> dict[str, type[Solver]]:
@@ -42,7 +44,7 @@ class STest(Stage):
         prepared: Prepared,
         samples: Samples,
         block_rows: int,
-        batch_size: int,
+        batch: DeviceBatch,
         memory_bytes: int,
     ) -> None:
         """Lay out the solutions for ``samples`` in blocks of ``block_rows``.
@@ -56,13 +58,8 @@ class STest(Stage):
         solver.check_size(function.size, memory_bytes)
         solver.check_samples(len(curvature.samples))
         self.solver, self.curvature, self.prepared = solver, curvature, prepared
-        self.per_sample = PerSample(function, function.measurements, samples, batch_size)
-        row = function.size * function.dtype.itemsize
-        # The block's solutions so far; and what products take, or before them the gradients of a batch.
-        self._fixed_bytes = 4 * function.size * min(block_rows, len(samples))
-        self._fixed_bytes += max(solver.fixed_bytes(curvature), 2 * batch_size * row)
-        self._row_bytes = solver.state_vectors * row
-        self.rows_at_once = max(1, (memory_bytes - self._fixed_bytes) // self._row_bytes)
+        self.per_sample = PerSample(function, function.measurements, samples, batch)
+        self.memory_bytes = memory_bytes
         self._solve: Solve | None = None
         count = len(samples)
         self.grid = Grid((Axis("test", count, block_rows),))
@@ -74,11 +71,36 @@ class STest(Stage):
             ArraySpec("measurement", *per_test, about="what influence is asked about, at each test sample"),
             ArraySpec("label", *per_test, "float64", about="label of each test sample, NaN where it has none"),
             ArraySpec("damping", *per_test, "float64", about="λ, absolute"),
+            ArraySpec(
+                "batch",
+                ("test_block", "use"),
+                (*self.grid.shape, 2),
+                "int64",
+                about="samples that were computed together: for gradients of measurements, for products",
+            ),
         )
+
+    @functools.cached_property
+    def _fixed_bytes(self) -> int:
+        """The block's solutions so far; and what products take, or before them the gradients of a batch."""
+        solutions = 4 * self.curvature.dim * min(self.grid.axes[0].band, self.grid.axes[0].length)
+        gradients = 2 * self._vector_bytes + self.curvature.few.kept("gradients", self.curvature.function.device)
+        products = self.solver.fixed_bytes(self.curvature)
+        return solutions + max(products, gradients * self.per_sample.batch.size)
+
+    @property
+    def _vector_bytes(self) -> int:
+        return self.curvature.dim * self.curvature.function.dtype.itemsize
+
+    @functools.cached_property
+    def rows_at_once(self) -> int:
+        """Test samples that are solved for together."""
+        row = self.solver.state_vectors * self._vector_bytes
+        return max(1, (self.memory_bytes - self._fixed_bytes) // row)
 
     def held_bytes(self, rows: int) -> int:
         """Return what solving for some test samples holds at once, at most."""
-        return self._fixed_bytes + self._row_bytes * rows
+        return self._fixed_bytes + self.solver.state_vectors * self._vector_bytes * rows
 
     def prepare(self, report: Report = silent) -> None:
         """Check model and test data."""
@@ -108,4 +130,5 @@ class STest(Stage):
             found["iterations"].append(solution.iterations.cpu().numpy())
             found["measurement"].append(torch.cat(values).to("cpu", torch.float32).numpy())
             found["damping"].append(np.full(len(solution.residual), self.solver.resolved(self.prepared)))
+        found["batch"].append(np.array([[self.per_sample.batch.size, self.curvature.batch.size]]))
         return {name: np.concatenate(parts) for name, parts in found.items()}

@@ -70,7 +70,7 @@ class Prepare(Stage):
         from stages.grad_z import PerSample
 
         curvature = self.curvature
-        PerSample(curvature.function, curvature.function.losses, curvature.samples, curvature.batch_size).check()
+        PerSample(curvature.function, curvature.function.losses, curvature.samples, curvature.batch).check()
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Compute the sums over a part of the training set."""
@@ -100,11 +100,13 @@ def probe_losses(function: ModelFunction, samples: Samples, ids: Sequence[int]) 
     """
     import torch
 
+    from stages.device_batch import DeviceBatch
     from stages.grad_z.choose import naming
 
     batch = samples.batch(ids)
     with torch.no_grad(), naming(f"at training samples {', '.join(map(str, ids))}"):
-        losses: Array = function.losses(function.params, batch).float().cpu().numpy()
+        pieces = DeviceBatch(len(ids)).pieces(batch, lambda piece: function.losses(function.params, piece))
+        losses: Array = torch.cat([found for _, found in pieces]).float().cpu().numpy()
     return losses
 
 

@@ -49,10 +49,25 @@ def wide(folder: Path, samples: int) -> ip.Pipeline:
     return ip.Pipeline(experiment, folder, settings)
 
 
+def deep(folder: Path, samples: int) -> ip.Pipeline:
+    """Make a pipeline of a convolutional network of 5,000 parameters, whose forward pass keeps 0.8 MiB of a sample."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+    model.extend([nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)])
+    data = TensorDataset(torch.randn(samples, 3, 64, 64), torch.arange(samples) % 10)
+    settings = ip.Settings(runtime={"device": "cpu", "progress": False, "memory": "512 MiB"})
+    return ip.Pipeline(ip.Experiment(model.eval(), ip.Classification(), data, {"few": data}), folder, settings)
+
+
 def measure(stage: str, folder: Path) -> tuple[int, int]:
     """Return the peak of a stage above what libraries, model and data take; and what the plan says."""
     if stage == "s_test":
         return solving(folder)
+    if stage == "activations":
+        deep(folder / "first", 4).grad_z()
+        wanted = deep(folder / "wanted", 128)
+        predicted = wanted.plan("few")["grad_z"].memory_bytes
+        return peak(wanted.grad_z), predicted
     wide(folder / "first", 16).run()  # so that libraries have what they keep
     wanted = wide(folder / "wanted", 2048)
     predicted = wanted.plan("few")[stage].memory_bytes
@@ -83,7 +98,7 @@ def solving(folder: Path) -> tuple[int, int]:
     not (os.access(CLEAR, os.W_OK) and hasattr(ctypes.CDLL(None), "malloc_trim")),
     reason="no peak of memory to be asked for here",
 )
-@pytest.mark.parametrize("stage", ["grad_z", "s_test", "influence"])
+@pytest.mark.parametrize("stage", ["grad_z", "activations", "s_test", "influence"])
 def test_a_stage_holds_what_the_plan_says(tmp_path: Path, stage: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(ip.__file__).parents[1])}
     command = [sys.executable, __file__, stage, str(tmp_path)]

@@ -187,12 +187,25 @@ def test_tiles_that_are_read_cover_a_block_exactly_once(
     assert (seen == 1).all()
 
 
-@given(dims, st.integers(1, 10**12), st.sampled_from([4, 8]))
-def test_a_device_batch_is_small_and_fits(dim: int, memory: int, itemsize: int) -> None:
-    batch = plan.device_batch(dim, memory, itemsize)
+@given(dims, st.sampled_from([4, 8]))
+def test_the_best_batch_of_gradients_is_small(dim: int, itemsize: int) -> None:
+    batch = plan.gradient_batch(dim, itemsize)
+    assert batch & (batch - 1) == 0
     assert 1 <= batch <= 256
     assert batch <= 4 or batch * dim * itemsize <= 30 * 2**20
-    assert batch == 1 or 8 * batch * dim * itemsize <= memory
+
+
+@given(sizes, st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**9)), max_size=3))
+def test_a_batch_that_fits_is_the_most_or_the_largest_power_of_two(most: int, bounds: list[tuple[int, int]]) -> None:
+    def fits(batch: int) -> bool:
+        return all(each * batch <= available for each, available in bounds)
+
+    found = plan.fitting(most, *bounds)
+    assert 1 <= found <= most
+    assert found == 1 or fits(found)
+    assert found == most or not fits(2 * found) or 2 * found > most
+    if not fits(most):
+        assert found & (found - 1) == 0
 
 
 # ---- for people ------------------------------------------------------------------------------------------------------

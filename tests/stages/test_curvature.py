@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stages import curvature as curvature_module
 from stages import work
-from stages.curvature import KEPT, extreme_eigenvalues, random_signs
+from stages.curvature import KEPT_PART, extreme_eigenvalues, random_signs
 from stages.jacobian import ggn_products
 from stages.parameters import evaluating
 from stages.stage import Progress
@@ -249,7 +249,7 @@ def test_products_over_some_samples_are_means_over_these(kind: str) -> None:
     torch.testing.assert_close(case.curvature(kind).on(case.data.batch(ids))(vectors), expected, **EXACT)
 
 
-@pytest.mark.parametrize(("memory", "forward_passes"), [(2**30, 0), (3 * 3 * 43 * 8 * KEPT - 1, 2)])
+@pytest.mark.parametrize(("memory", "forward_passes"), [(2**30, 0), (3 * 3 * 43 * 8 * KEPT_PART - 1, 2)])
 def test_a_jacobian_that_fits_is_made_once_for_products_that_are_taken_again(
     memory: int, forward_passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stages.device_batch import DeviceBatch
 from stages.grad_z import ComputedRows, GradZ, PerSample, hooks, loop, vmap
 from stages.grad_z.choose import choose
 from stages.parameters import ModelFunction, evaluating, select
@@ -22,7 +23,7 @@ def function_of(model: nn.Module, task: Any = None, globs: tuple[str, ...] = ("*
 
 def per_sample(model: nn.Module, data: Data, task: Any = None, batch_size: int = 4) -> PerSample:
     function = function_of(model, task)
-    return PerSample(function, function.losses, data, batch_size)
+    return PerSample(function, function.losses, data, DeviceBatch(batch_size))
 
 
 def all_rows(per: PerSample) -> Tensor:
@@ -94,7 +95,7 @@ def test_vmap_is_chosen_where_hooks_follow_no_layer(case: Case, no_known_layers:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_stage_returns_gradients_norms_losses_and_labels_of_its_block(case: Case) -> None:
-    stage = GradZ(case.function, case.data, 5, "float32", 3, lambda rows: rows)
+    stage = GradZ(case.function, case.data, 5, "float32", DeviceBatch(3), lambda rows: rows)
     stage.prepare()
     expected, losses = oracles.gradients(case).numpy(), torch.stack(oracles.sample_losses(case)).detach().numpy()
     for block in stage.grid:
@@ -145,7 +146,12 @@ def test_any_device_batch_gives_the_same_rows_to_rounding(batch_size: int, dtype
 def test_a_bfloat16_model_has_gradients() -> None:
     x, labels = labelled()
     stage = GradZ(
-        function_of(perceptron(nn.Tanh()).bfloat16()), Data((x.bfloat16(), labels)), 12, "float32", 4, lambda rows: rows
+        function_of(perceptron(nn.Tanh()).bfloat16()),
+        Data((x.bfloat16(), labels)),
+        12,
+        "float32",
+        DeviceBatch(4),
+        lambda rows: rows,
     )
     stage.prepare()
     found = stage.compute(stage.grid.block((0,)))
@@ -160,7 +166,9 @@ def test_each_measurement_is_differentiated_where_it_is_asked_for() -> None:
 
     x, labels = labelled()
     function = function_of(nn.Linear(4, 3).double(), Margin())
-    [(_, grads, values, _)] = PerSample(function, function.measurements, Data((x, labels)), 12).rows(range(12))
+    [(_, grads, values, _)] = PerSample(function, function.measurements, Data((x, labels)), DeviceBatch(12)).rows(
+        range(12)
+    )
     ones = torch.nn.functional.one_hot(labels, 3).double()
     expected = torch.cat([(ones.unsqueeze(2) * x.unsqueeze(1)).flatten(1), ones], dim=1)
     torch.testing.assert_close(grads, expected, rtol=1e-14, atol=0)
@@ -170,7 +178,7 @@ def test_each_measurement_is_differentiated_where_it_is_asked_for() -> None:
 
 def test_uncached_rows_slice_as_the_cached_ones() -> None:
     case = make(oracles.mlp)
-    stage = GradZ(case.function, case.data, 5, "float32", 4, lambda rows: rows)
+    stage = GradZ(case.function, case.data, 5, "float32", DeviceBatch(4), lambda rows: rows)
     computed: list[tuple[int, ...]] = []
 
     def rows(block: Block) -> Any:
@@ -347,7 +355,7 @@ def test_all_zero_gradients_are_refused() -> None:
         model[0].bias.fill_(-1e6)
     function = function_of(model, globs=("0.*",))
     with pytest.raises(StageError, match=r"every gradient is zero for all of 0\.weight, 0\.bias"):
-        PerSample(function, function.losses, Data(labelled()), 4).check()
+        PerSample(function, function.losses, Data(labelled()), DeviceBatch(4)).check()
 
 
 def test_gradients_that_are_zero_for_the_probed_samples_alone_are_not_refused() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stages.device_batch import DeviceBatch
 from stages.grad_z import GradZ, hooks, loop, vmap
 from stages.grad_z.choose import choose
 from stages.parameters import ModelFunction, evaluating
@@ -501,7 +502,7 @@ def test_no_hooks_are_left_and_nothing_is_changed(name: str, second_pass: None) 
     model = problem.model
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batch = problem.batch(COUNT, torch.float64)
-    stage = GradZ(function, Data(batch), COUNT, "float32", 4, lambda rows: rows)
+    stage = GradZ(function, Data(batch), COUNT, "float32", DeviceBatch(4), lambda rows: rows)
     with evaluating(model):
         stage.prepare()
         stage.compute(stage.grid.block((0,)))

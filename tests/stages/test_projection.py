@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.coordinates import Coordinates, Entries, Kronecker, projected
+from stages.device_batch import DeviceBatch
 from stages.grad_z import PerSample, hooks, layers
 from stages.parameters import ModelFunction
 from stages.projection import Projection
@@ -133,7 +134,7 @@ def test_what_cannot_be_projected_is_refused(kind: str, dim: int, message: str) 
 def test_gradients_are_projected_whichever_way_they_are_computed(case: Case, kind: str) -> None:
     function = with_projection(case, kind).function
     expected = gradients(case) @ matrix_of(function.coordinates).T
-    per_sample = PerSample(function, function.losses, case.data, 5)
+    per_sample = PerSample(function, function.losses, case.data, DeviceBatch(5))
     found = torch.cat([rows.grads for rows in per_sample.rows(range(len(case.data)))])
     torch.testing.assert_close(found, expected, **EXACT)
 
@@ -199,7 +200,7 @@ def test_tied_weights_and_other_parameters_are_projected_too() -> None:
     function = with_projection(case, "kronecker").function
     assert isinstance(function.coordinates.maps["table.weight"], Kronecker)
     expected = gradients(case) @ matrix_of(function.coordinates).T
-    per_sample = PerSample(function, function.losses, case.data, 3)
+    per_sample = PerSample(function, function.losses, case.data, DeviceBatch(3))
     found = torch.cat([rows.grads for rows in per_sample.rows(range(7))])
     torch.testing.assert_close(found, expected, **EXACT)
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from stages.curvature import Curvature, random_signs
+from stages.device_batch import DeviceBatch
 from stages.projection import Projection
 from stages.s_test import STest, solvers
 from stages.s_test.cg import Cg, conjugate_gradients
@@ -280,7 +281,7 @@ def test_exact_refuses_a_matrix_that_does_not_fit_with_the_numbers() -> None:
 def test_exact_refuses_before_anything_is_computed() -> None:
     case = make(oracles.mlp)
     with pytest.raises(StageError, match="43 × 43"):
-        STest(Exact(), case.curvature("ggn"), {}, case.data, 4, 4, 3 * 8 * 43**2 - 1)
+        STest(Exact(), case.curvature("ggn"), {}, case.data, 4, DeviceBatch(4), 3 * 8 * 43**2 - 1)
 
 
 @KINDS
@@ -555,7 +556,7 @@ def test_the_stage_solves_for_each_sample_of_its_block_however_many_fit_at_once(
     curvature = case.curvature("ggn", 64)
     prepared = oracles.prepared(solver, curvature)
     memory = solver.fixed_bytes(curvature) + 7 * 43 * 4 + rows_at_once * solver.state_vectors * 43 * 8
-    stage = STest(solver, curvature, prepared, case.data, 7, 2, memory)
+    stage = STest(solver, curvature, prepared, case.data, 7, DeviceBatch(2), memory)
     assert stage.rows_at_once == rows_at_once
     assert stage.held_bytes(rows_at_once) == memory
     stage.prepare()
@@ -570,8 +571,9 @@ def test_the_stage_solves_for_each_sample_of_its_block_however_many_fit_at_once(
         losses = torch.stack(oracles.sample_losses(case)).detach()[rows]
         np.testing.assert_allclose(found["measurement"], losses, rtol=1e-6)
         np.testing.assert_array_equal(found["label"], case.data.tree[1][rows])
+        assert found["batch"].tolist() == [[2, 64]]
         for spec in stage.arrays:
-            assert found[spec.name].shape[0] == rows.stop - rows.start
+            assert len(found[spec.name]) == (1 if spec.name == "batch" else rows.stop - rows.start)
             assert found[spec.name].dtype == np.dtype(spec.dtype)
 
 
@@ -582,7 +584,7 @@ def test_the_right_hand_side_is_the_measurements_gradient_not_the_losss() -> Non
 
     base = make(oracles.softmax_regression)
     case = Case("", base.model, Margin(0.03), base.data)
-    stage = STest(Identity(), case.curvature("ggn"), {}, case.data, 12, 4, 2**20)
+    stage = STest(Identity(), case.curvature("ggn"), {}, case.data, 12, DeviceBatch(4), 2**20)
     stage.prepare()
     x, labels = case.data.tree
     ones = torch.nn.functional.one_hot(labels, 3).double()
