@@ -33,6 +33,10 @@ MODULES = {
     "rows_s_test": ("lissa_32", "lissa_512"),
     "rows_machine": ("two_workers", "resume"),
     "rows_memory": ("memory",),
+    "rows_projection": (
+        *("projection_identity", "projection_ggn", "projection_cost"),
+        *("resnet_memory", "projected_memory"),
+    ),
     "nothing_to_do": ("nothing_to_do",),
 }
 """The modules of this folder that have rows, by name; each has them as ``ROWS``, functions of a ``Bench``."""

@@ -227,7 +227,11 @@ class GradZ(Stage):
         ids, done = block.ids("sample"), 0
         function, figures = self.per_sample.function, {spec.name for spec in self.arrays if "figure" in spec.dims}
         kept = OfEncoding(self._round_trip) if self._round_trip and ids.start == 0 else None
-        projection = OfProjection(function) if "projection_fidelity" in figures and ids.start == 0 else None
+        projection = (
+            OfProjection(function, self.grid.axes[0].length)
+            if "projection_fidelity" in figures and ids.start == 0
+            else None
+        )
         for found, copy in on_host(self.per_sample.rows(ids), lambda rows: rows.grads):
             count, gradients = len(copy), copy.numpy()
             done += count

@@ -20,7 +20,9 @@ PROBES = 16
 """Gradients that stand for solutions: at most, and fewer where they have more than ``PROBE_ENTRIES``."""
 PROBE_ENTRIES = 2**24
 ROWS = 128
-"""Samples whose gradients are compared with projected ones."""
+"""Samples whose gradients are compared with projected ones, at most: one in ``SHARE`` of all, but at least ``FEW``."""
+SHARE = 32
+FEW = 16
 TOP = 100
 AT_ONCE = 2**19
 """Entries that go there and back at once."""
@@ -76,16 +78,16 @@ class OfEncoding(Comparison):
 
 
 class OfProjection(Comparison):
-    """Compares plain products of gradients with the first of them, as they are and projected: of ``ROWS`` samples.
+    """Compares plain products of gradients with the first of them, as they are and projected.
 
     Unprojected gradients are computed for this alone, one sample at a time.
     """
 
-    def __init__(self, function: ModelFunction) -> None:
-        """Compare nothing yet; ``function`` projects."""
+    def __init__(self, function: ModelFunction, samples: int) -> None:
+        """Compare nothing yet; ``function`` projects, and there are so many training samples."""
         super().__init__()
         self._function = function.unprojected()
-        self._left = ROWS
+        self._left = max(FEW, min(ROWS, samples // SHARE))
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._probes: tuple[Tensor, Tensor] | None = None
 
