@@ -262,7 +262,7 @@ def _explain(error: ValidationError) -> str:
     """List what is wrong, a line for each setting."""
     lines: dict[str, list[str]] = {}
     sections: tuple[type[BaseModel], ...] = (
-        *(Settings, GradZSettings, InfluenceSettings, RuntimeSettings, TestSelection),
+        *(Settings, GradZSettings, Projection, InfluenceSettings, RuntimeSettings, TestSelection),
         *solvers().values(),
     )
     known = {name for section in sections for name in section.model_fields} | {"relative"}
@@ -296,6 +296,8 @@ def _neighbours(place: tuple[str | int, ...]) -> Iterable[str]:
         return Settings.model_fields
     if place[0] == "s_test":
         return solvers()[str(place[1])].model_fields if len(place) == 3 else RelativeDamping.model_fields
+    if place[:2] == ("grad_z", "projection"):
+        return Projection.model_fields
     sections: dict[Any, type[BaseModel]] = {
         "grad_z": GradZSettings, "influence": InfluenceSettings, "runtime": RuntimeSettings, "tests": TestSelection
     }  # fmt: skip

@@ -80,7 +80,7 @@ def test_odd_names_stay_inside_the_cache(tmp_path: Path, make: Make, name: str) 
     )
     assert pipeline.run()[name].scores.shape == (3, N)
     assert ip.Influences.open(pipeline.cache.path, name).scores.shape == (3, N)
-    assert not pipeline.run()[name].seconds > 1
+    assert pipeline.plan(name).complete
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert [path.name for path in (tmp_path / "a").rglob("*")][:2] == ["b", "cache"]
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["cache"]
