@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from stages.batch import size
 from stages.device_batch import DeviceBatch
@@ -43,7 +44,7 @@ class Work:
         dim: D.
         entries: of the parameters.
         formed: entries of one gradient, or part of it, that are formed at once: D at least.
-        backward: operations of a backward pass for one sample.
+        backward: operations of a backward pass for one sample, of its matrix products and convolutions.
         widest: numbers in the largest array that a backward pass needs, parameters aside.
         saved: bytes that a forward pass saves of one sample for the backward pass, parameters aside.
     """
@@ -104,9 +105,9 @@ def together(dim: int, kind: str, memory_bytes: int, itemsize: int) -> int:
 
 
 def count(function: ModelFunction, batch: Batch) -> Work:
-    """Count the work of a batch by one forward and one backward pass."""
+    """Count the work of a batch by one forward pass."""
     known = {parameter.untyped_storage().data_ptr() for parameter in function.everything}
-    widest, held = 0, dict[int, int]()
+    widest, held, operations = 0, dict[int, int](), 0
 
     def saved(tensor: Tensor) -> Tensor:
         nonlocal widest
@@ -116,16 +117,40 @@ def count(function: ModelFunction, batch: Batch) -> Work:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal operations
+        operations += _backward(module, args, output)
+
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in function.params.items()}
-    with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+    with ExitStack() as hooks:
+        for module in function.model.modules():
+            hooks.callback(module.register_forward_hook(called).remove)
+        hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor))
         outputs = function.outputs(leaves, batch)
     samples = size(batch)
     per_sample = outputs.numel() // samples if outputs.ndim and len(outputs) == samples else 0
-    with FlopCounterMode(display=False) as counter:
-        if outputs.requires_grad:
-            torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
-    backward, each = counter.get_total_flops() / samples, math.ceil(sum(held.values()) / samples)
+    backward, each = operations / samples, math.ceil(sum(held.values()) / samples)
     return Work(samples, per_sample, function.size, function.entries, formed(function), backward, widest, each)
+
+
+def _backward(module: nn.Module, args: tuple[Any, ...], output: Any) -> int:
+    """Return the operations of a backward pass through one call of a module, by the weights that it has itself.
+
+    A weight takes two for each entry and position, and two for the gradient of what went in. (PyTorch's own counter
+    gives the same for linear layers and convolutions, and takes a second to load.)
+    """
+    if not isinstance(output, Tensor) or not output.requires_grad:
+        return 0
+    inputs = next((one for one in args if isinstance(one, Tensor)), output)
+    if not inputs.is_floating_point():  # a table is looked up
+        return 0
+    found = 0
+    for weight in module.parameters(recurse=False):
+        if weight.ndim > 1:
+            outer = next((n for n in weight.shape if n in (output.shape[-1], *output.shape[1:2])), weight.shape[0])
+            positions = output.numel() // outer
+            found += 2 * positions * weight.numel() * (bool(weight.requires_grad) + bool(inputs.requires_grad))
+    return found
 
 
 def of_samples(function: ModelFunction, samples: Samples) -> Work:
