@@ -32,7 +32,7 @@ from influence_pipeline.cache.identity import Identity, differences, key_of, nea
 from influence_pipeline.cache.layout import DESCRIPTION, Layout, sealed, write_description
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError, WorkError
 
-FORMAT = 3
+FORMAT = 4
 STAGES = ("grad_z", "curvature", "s_test", "influence")
 ALONE = "layout.claim"
 GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
