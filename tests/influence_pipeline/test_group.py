@@ -22,9 +22,9 @@ from tests import tiny
 Make = Callable[..., ip.Pipeline]
 
 ARRAYS = {
-    "grad_z": ("gradients", "scale", "norm", "loss", "label", "fidelity", "digests", "blocks"),
+    "grad_z": ("gradients", "scale", "norm", "loss", "label", "batch", "fidelity", "digests", "blocks"),
     "curvature": ("gradient_sum", "probe_sum", "blocks"),
-    "s_test": ("vectors", "residual", "iterations", "measurement", "label", "damping", "digests", "blocks"),
+    "s_test": ("vectors", "residual", "iterations", "measurement", "label", "damping", "batch", "digests", "blocks"),
     "influence": (
         "scores", "part_helpful_ids", "part_helpful_scores", "part_harmful_ids", "part_harmful_scores", "part_sum",
         "part_total", "blocks",
