@@ -338,7 +338,7 @@ def test_an_interrupted_run_ends_at_once_keeps_its_blocks_and_goes_on(
     case: Case, outcome: Outcome, finished: Path
 ) -> None:
     assert outcome.code == {INT: 130, TERM: 143}[case.signals[0]], outcome.said
-    assert outcome.seconds < 5
+    assert outcome.seconds < 10
     assert outcome.said.count("interrupted: finished blocks are kept, the same command goes on from there\n") == 1
     assert outcome.left == []
     assert outcome.claims == []
@@ -362,7 +362,7 @@ def test_a_killed_worker_is_an_error_that_says_so_and_the_next_run_goes_on(
     stage = "influence holdout" if case.there else "grad_z"
     assert f"error: {stage}: a worker process died, out of memory perhaps: use fewer workers" in outcome.said
     assert "Finished blocks are kept; the same command goes on" in outcome.said
-    assert outcome.seconds < 5
+    assert outcome.seconds < 10
     assert outcome.left == []
     assert outcome.claims == []
     goes_on(outcome, finished)
