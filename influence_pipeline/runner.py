@@ -375,10 +375,12 @@ def measure(work: Work, group: Group, runtime: RuntimeSettings, room: Room) -> O
             if _here(work, group, [block], bar):
                 blocks.append((block.rows, time.monotonic() - kept))
             kept = time.monotonic()
-        if not pending(work, group):
+        if complete := not pending(work, group):
             work.finish(group, bar.note)
         timing = Timing(ready, tuple(blocks), time.monotonic() - kept, most())
-    return Outcome(len(blocks), len(work.stage.grid), time.monotonic() - began, timing)
+    seconds = time.monotonic() - began
+    # Where other processes are at work on all that is missing, nothing was measured.
+    return Outcome(len(blocks), len(work.stage.grid), seconds, timing if blocks or complete else None)
 
 
 def _give_back() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,22 +117,24 @@ def test_an_interrupted_measurement_leaves_a_valid_cache(
 
 
 def test_seconds_are_those_of_the_blocks_that_are_left(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, check = GradZ.parts, GradZ.prepare
+    parts, check, clock = GradZ.parts, GradZ.prepare, [0.0]
 
     def slow(stage: GradZ, block: Block, *more: Any) -> Any:
-        time.sleep(0.1 + 0.3 * (block.index == (0,)))
+        clock[0] += 1.0 + 3.0 * (block.index == (0,))
         return parts(stage, block, *more)
 
     def prepare(stage: GradZ, *more: Any) -> None:
-        time.sleep(0.2)
+        clock[0] += 2.0
         check(stage, *more)
 
     monkeypatch.setattr(GradZ, "parts", slow)
     monkeypatch.setattr(GradZ, "prepare", prepare)
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     found = make(train=tiny.points(10 * tiny.ROWS, 1)).plan(measure=True)["grad_z"]
     assert found.timing is not None
-    assert 0.6 < found.timing.spent < 1.4
-    assert 0.2 + 8 * 0.1 < found.seconds < 2.0, "neither the first block's 0.3 s nor the 0.2 s before are multiplied"
+    assert found.timing.spent == 2 + 4 + 1
+    assert found.seconds == 2 + 8, "neither the first block's 3 s nor the 2 s before are multiplied"
+    assert "2 blocks in 7.0 s; about 10 s to go" in str(found)
 
 
 def test_gradients_that_are_not_stored_are_measured_where_they_are_computed(make: Make, cache: Path) -> None:
@@ -159,6 +161,14 @@ def test_a_second_set_of_gradients_is_refused_as_by_a_run(make: Make, done: Path
 def test_a_block_that_is_long_is_measured_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "SHORT", 0.0)
     assert [stage.done for stage in make().plan(measure=True).stages] == [1, 2, 1, 0], "a curvature is completed"
+
+
+def test_what_others_compute_is_not_measured(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    make().grad_z()
+    monkeypatch.setattr(runner, "_here", lambda *arguments: [])
+    found = make().plan(measure=True)
+    assert all(stage.timing is None for stage in found.stages)
+    assert "to go" not in str(found)
 
 
 def test_the_peak_is_of_what_is_held_beside_what_was() -> None:
