@@ -328,13 +328,25 @@ class Pipeline:
             place, *others = left
             beside = works.beside(place, others)
             if whole:
-                timing = self._run(place, beside, measure=True).timing
+                timing = self._beside(place, beside)
             else:
                 timing = self._aside(place, works.influence_by_rows(place, beside), "random vectors")
             # By entries, so that what test sets share is shared between them.
             found |= {each.name: timing for each in (place, *beside)}
             left = [other for other in others if other not in beside]
         return {key: timing for key, timing in found.items() if timing is not None}
+
+    def _beside(self, place: Place, beside: Sequence[Place]) -> Timing | None:
+        """Time blocks of scores with those that are computed beside them."""
+        works, test = self._works, self._works.context.test
+        timing = self._run(place, beside, measure=True).timing
+        for other in beside:
+            if not runner.pending(works.work(other), works.find(other)):
+                self._run(other)
+        together, own = sum(len(test(str(each.tests))) for each in (place, *beside)), len(test(str(place.tests)))
+        if timing is None:
+            return None
+        return replace(timing, blocks=tuple((rows * together // own, seconds) for rows, seconds in timing.blocks))
 
     def _aside(self, place: Place, work: Work | None, stand_in: str) -> Timing | None:
         """Time blocks that are not to be kept; None where there is nothing to make them of, or nothing missing."""

@@ -342,7 +342,7 @@ class StagePlan:
 
     def _timed(self, timing: Timing) -> str:
         """Say what was measured, and what follows of that."""
-        peak = f"peak {show_bytes(timing.peak_bytes)} above what was held"
+        peak = f"peak so far {show_bytes(timing.peak_bytes)} above what was held"
         if timing.stand_in:
             took = sum(seconds for _, seconds in timing.blocks)
             how = f"estimated from {show_seconds(took)} of {timing.stand_in}, which are not kept"

@@ -144,13 +144,24 @@ def test_gradients_that_are_not_stored_are_measured_where_they_are_computed(make
     assert not (cache / "grad_z").exists()
 
 
-def test_test_sets_share_what_reading_gradients_takes(make: Make) -> None:
-    tests = {"one": tiny.points(2, 2), "two": tiny.points(1, 3)}
-    stages = make(tests=tests).plan(measure=True).stages
+@pytest.mark.parametrize("solved", [False, True])
+@pytest.mark.parametrize("samples", [30, 60])
+def test_test_sets_share_what_reading_gradients_takes(make: Make, solved: bool, samples: int) -> None:
+    data = {"tests": {"one": tiny.points(2, 2), "two": tiny.points(1, 3)}, "train": tiny.points(samples, 1)}
+    if solved:
+        make(**data).grad_z()
+        for name in ("one", "two"):
+            make(**data).s_test(name)
+    stages = make(**data).plan(measure=True).stages
     one, two = (stage for stage in stages if stage.stage == "influence")
     assert one.timing is not None
     assert one.timing is two.timing
     assert one.timing.blocks[0][0] == 3 * 16
+    measured = solved or samples == 30
+    assert one.done == two.done == 2 * measured
+    assert one.complete == two.complete == (samples == 30)
+    if samples == 60:
+        assert one.seconds - one.timing.ready == pytest.approx(2 * (two.seconds - two.timing.ready))
 
 
 def test_a_second_set_of_gradients_is_refused_as_by_a_run(make: Make, done: Path) -> None:
