@@ -53,10 +53,14 @@ def expected_bytes(
 
 
 def shares(group: Group) -> dict[str, float]:
-    """Return what each array takes on disk of what it has in memory, as far as its blocks are there."""
+    """Return what each array takes on disk of what it has in memory, as far as its blocks are there.
+
+    Beside arrays, by their files' name, what descriptions take of their bound.
+    """
     layout, whole = group.layout, sum(block.rows for block in group.layout.grid)
     done = sum(block.rows for block in layout.grid if group.record(block) is not None) / whole
-    found = {}
+    descriptions = (path.stat().st_size for path in group.path.rglob(DESCRIPTION))
+    found = {DESCRIPTION: sum(descriptions) / layout.described_bytes}
     for spec in layout.all:
         files = [path for path in (group.path / spec.name).rglob("*") if path.is_file() and path.name != DESCRIPTION]
         there = array_bytes(spec) * (float(group.finished) if spec in layout.merged else done)

@@ -137,10 +137,15 @@ class Layout:
         """Return the bytes of all arrays, and of what describes them, at most.
 
         Args:
-            shares: of its bytes, what an array of some name takes compressed.
+            shares: of its bytes, what an array of some name takes compressed, or all descriptions by their name.
         """
-        described = 4096 * (len(self.all) + 1)
+        described = math.ceil(self.described_bytes * shares.get(DESCRIPTION, 1.0))
         return described + sum(math.ceil(array_bytes(spec) * shares.get(spec.name, 1.0)) for spec in self.all)
+
+    @property
+    def described_bytes(self) -> int:
+        """Bytes of all descriptions, at most."""
+        return 4096 * (len(self.all) + 1)
 
     @property
     def merged_bytes(self) -> int:
