@@ -119,9 +119,16 @@ def run(
 
 @app.command()
 @_guarded
-def plan(settings: SettingsFile, tests: TestNames = None, keep_curvature: Keep = False) -> None:
-    """Say what is cached, what is missing and what it would take; compute nothing."""
-    typer.echo(ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature).plan(*tests or ()))
+def plan(
+    settings: SettingsFile,
+    tests: TestNames = None,
+    keep_curvature: Keep = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="compute a block of each stage, keep it, and say what all would take")
+    ] = False,
+) -> None:
+    """Say what is cached, what is missing and what it would take; compute nothing unless that is to be measured."""
+    typer.echo(ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature).plan(*tests or (), measure=measure))
 
 
 @app.command("grad-z")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from influence_pipeline.context import Context
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
 from influence_pipeline.experiment import Experiment, load
 from influence_pipeline.influences import Influences
-from influence_pipeline.plan import Plan, StagePlan, show_bytes
+from influence_pipeline.plan import LARGE_BYTES, Plan, StagePlan, Suggestion, Timing, show_bytes
 from influence_pipeline.runner import DIGESTS, Outcome, Work
 from influence_pipeline.settings import Settings
 from influence_pipeline.works import Place, Works
@@ -25,6 +27,8 @@ from influence_pipeline.works import Place, Works
 log = logging.getLogger(__name__)
 
 Source = Experiment | Callable[[], Experiment] | str
+MOST_FINISHING = 60.0
+"""Seconds that a plan may take to complete what was measured, where other stages need it."""
 MOST_MENDS = 8
 """Times that a stage goes on after something in the cache was found damaged."""
 
@@ -250,12 +254,19 @@ class Pipeline:
         except MissingStage as missing:
             raise WorkError(f"something that this run computed was removed meanwhile: run again ({missing})") from None
 
-    def plan(self, *tests: str) -> Plan:
-        """Say what is there and what a run would take, for some test sets or all; nothing is computed."""
+    def plan(self, *tests: str, measure: bool = False) -> Plan:
+        """Say what is there and what a run would take, for some test sets or all.
+
+        Args:
+            tests: names of test sets; all where none is given.
+            measure: compute a block of each stage, or two where one is short, keep them, and say what the others take
+                by that; otherwise nothing is computed.
+        """
         names, context = self._named(tests), self._works.context
         places = self._places(names)
         for place in places:
             self._check_data(place)
+        timings = self._measure(names) if measure else {}
         title = (
             f"{len(context.train)} training samples × {context.dim} coordinates, "
             f"tests: {', '.join(f'{name} ({len(context.test(name))})' for name in names)}, "
@@ -264,8 +275,87 @@ class Pipeline:
         over, count = self._works.curvature_samples, len(context.train)
         if over != count:
             title += f"\nH and 1/N are of the first {over} of {count} training samples (kept)"
-        free = room.free_bytes(self.cache.path)
-        return Plan(title, tuple(self._plan(place) for place in places), free)
+        stages = tuple(self._plan(place, timings.get(place.name)) for place in places)
+        found = Plan(title, stages, room.free_bytes(self.cache.path), room.SPARE)
+        return replace(found, suggestions=tuple(self._smaller(found)))
+
+    def _smaller(self, plan: Plan) -> list[Suggestion]:
+        """Suggest smaller gradients where what is to be written may not fit, or is very much."""
+        gradients, *others = plan.stages
+        if gradients.stage != "grad_z" or gradients.complete:
+            return []
+        if plan.fits and gradients.bytes_expected <= LARGE_BYTES:
+            return []
+        context = self._works.context
+
+        def available(dim: int) -> int:
+            free = plan.free - plan.spare
+            for other in others:
+                if not other.complete:
+                    needed = other.bytes_expected - other.bytes_on_disk
+                    # Other stages' arrays have a column for each coordinate, scores have not.
+                    free -= needed if other.stage == "influence" else needed * dim // context.dim
+            return free
+
+        return room.advice(context, self._works.work(self._works.grad_z_place()), available)
+
+    def _measure(self, names: Sequence[str]) -> dict[str, Timing]:
+        """Time blocks of each stage; return what they took by the stage's key.
+
+        Blocks of stages whose inputs are complete are kept. A curvature is computed to its end where that takes no
+        more than ``MOST_FINISHING`` seconds, since all else depends on it.
+        """
+        works, found = self._works, dict[str, Timing | None]()
+        gradients, prepared = works.grad_z_place(), works.curvature_place()
+        self._mend(*self._places(names))
+        if self.settings.grad_z.store:
+            if not self._exists(gradients):
+                self._refuse_second(gradients)
+            found[gradients.name] = self._run(gradients, measure=True).timing
+        if prepared is not None:
+            found[prepared.name] = timing = self._run(prepared, measure=True).timing
+            if timing is not None and self._plan(prepared, timing).seconds <= MOST_FINISHING:
+                found[prepared.name] = replace(timing, rest=timing.rest + self._run(prepared).seconds)
+        for name in names:
+            place = works.s_test_place(name)
+            if works.complete(prepared):
+                found[place.name] = self._run(place, measure=True).timing
+            else:
+                found[place.name] = self._aside(place, works.s_test_by_part(name), "a curvature of some parts")
+        left = [works.influence_place(name) for name in names]
+        whole = works.complete(*works.read_by_influence(names))
+        while left:
+            place, *others = left
+            beside = works.beside(place, others)
+            if whole:
+                timing = self._beside(place, beside)
+            else:
+                timing = self._aside(place, works.influence_by_rows(place, beside), "random vectors")
+            # By entries, so that what test sets share is shared between them.
+            found |= {each.name: timing for each in (place, *beside)}
+            left = [other for other in others if other not in beside]
+        return {key: timing for key, timing in found.items() if timing is not None}
+
+    def _beside(self, place: Place, beside: Sequence[Place]) -> Timing | None:
+        """Time blocks of scores with those that are computed beside them."""
+        works, test = self._works, self._works.context.test
+        timing = self._run(place, beside, measure=True).timing
+        for other in beside:
+            if not runner.pending(works.work(other), works.find(other)):
+                self._run(other)
+        together, own = sum(len(test(str(each.tests))) for each in (place, *beside)), len(test(str(place.tests)))
+        if timing is None:
+            return None
+        return replace(timing, blocks=tuple((rows * together // own, seconds) for rows, seconds in timing.blocks))
+
+    def _aside(self, place: Place, work: Work | None, stand_in: str) -> Timing | None:
+        """Time blocks that are not to be kept; None where there is nothing to make them of, or nothing missing."""
+        if work is None or not runner.pending(self._works.work(place), self._works.find(place)):
+            return None
+        with tempfile.TemporaryDirectory(prefix="influence_pipeline_") as folder:
+            group = Group.create(Path(folder) / place.stage / place.name, work.layout, place.attributes)
+            timing = runner.measure(work, group, self.settings.runtime, lambda missing: missing).timing
+            return None if timing is None else replace(timing, stand_in=stand_in, shares=room.shares(group))
 
     def garbage(self) -> list[Path]:
         """Return the folders of what is cached and belongs to no complete result, nor to this experiment as it is."""
@@ -291,8 +381,13 @@ class Pipeline:
             raise RequestError("the experiment has no test set")
         return tests or self.tests
 
-    def _run(self, place: Place, beside: Sequence[Place] = ()) -> Outcome:
+    def _run(self, place: Place, beside: Sequence[Place] = (), *, measure: bool = False) -> Outcome:
         """Run a stage; what it finds damaged in the cache is computed anew first.
+
+        Args:
+            place: of the stage.
+            beside: scores to compute with these.
+            measure: compute blocks to be timed only.
 
         Raises:
             CacheDamaged: something is, and no block can be computed anew for it.
@@ -301,7 +396,7 @@ class Pipeline:
             last = ""
             for _ in range(MOST_MENDS):
                 try:
-                    return self._run_once(place, beside)
+                    return self._run_once(place, beside, measure=measure)
                 except CacheDamaged as damage:
                     if str(damage) == last:
                         raise
@@ -311,7 +406,7 @@ class Pipeline:
                         self._mend(*self._places(self.tests))
                     else:
                         self._again(damage.path)
-            return self._run_once(place, beside)
+            return self._run_once(place, beside, measure=measure)
 
     def _refuse_gone(self, place: Place, damage: CacheDamaged) -> None:
         """Refuse to begin again where a stage's arrays, or what it reads, went away under it.
@@ -327,13 +422,16 @@ class Pipeline:
                     "The next run makes it anew"
                 ) from damage
 
-    def _run_once(self, place: Place, beside: Sequence[Place] = ()) -> Outcome:
+    def _run_once(self, place: Place, beside: Sequence[Place] = (), *, measure: bool = False) -> Outcome:
         runtime = self.settings.runtime
         for other in beside:
             self._open(other)
         group = self._open(place)
         try:
             work = self._works.work(place, beside)
+            fits = functools.partial(room.refuse, place, work, group, self._works.context)
+            if measure:
+                return runner.measure(work, group, runtime, fits)
             with self._sent() as source:
                 rebuild = functools.partial(
                     _rebuild,
@@ -341,10 +439,7 @@ class Pipeline:
                     keep_curvature=self._keep_curvature,
                     beside=beside,
                 )
-                return runner.run(
-                    *(work, group, runtime, rebuild, f"{self._token} {place.stage} {place.name}"),
-                    functools.partial(room.refuse, place, work, group, self._works.context),
-                )
+                return runner.run(work, group, runtime, rebuild, f"{self._token} {place.stage} {place.name}", fits)
         except CacheDamaged as damage:
             self._refuse_gone(place, damage)
             raise
@@ -479,12 +574,13 @@ class Pipeline:
         was = group.array(DIGESTS).shape[0]
         return (f"training samples: {was} ≠ {count}; H, S and 1/N are computed anew (--keep-curvature keeps them)",)
 
-    def _plan(self, place: Place) -> StagePlan:
+    def _plan(self, place: Place, timing: Timing | None = None) -> StagePlan:
         work, group = self._works.work(place), self._works.find(place)
         missing = runner.pending(work, group)
         cached = [g.attributes for g in self.cache.groups(place.stage)]
         others = [attributes["identity"] for attributes in cached if attributes["tests"] == place.tests]
-        expected, measured = room.expected_bytes(work, group)
+        expected, measured = room.expected_bytes(work, group, timing.shares if timing else {})
+        entries = sum(block.rows for block in missing)
         to_merge = group is not None and not missing and not group.finished
         return StagePlan(
             place.stage,
@@ -492,12 +588,16 @@ class Pipeline:
             done=len(work.stage.grid) - len(missing) - to_merge,
             total=len(work.stage.grid),
             rows=work.stage.grid.axes[0].length,
+            files=group.files_on_disk() if group else 0,
+            files_expected=work.layout.file_count,
             bytes_on_disk=group.bytes_on_disk() if group else 0,
             bytes_expected=expected,
             measured=measured,
             memory_bytes=work.memory() if missing else 0,
             passes=work.passes,
             differs=nearest(place.identity, others) if group is None else self._grown(place, group),
+            timing=timing,
+            seconds=0.0 if timing is None else timing.left(entries, len(missing), self.settings.runtime.workers),
         )
 
 

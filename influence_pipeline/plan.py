@@ -6,8 +6,9 @@ A grid is a function of D, the number of coordinates, alone, so that it is the s
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,13 @@ LEAST_SUMMED = 256
 """Training samples in such a part, about: as many as are on the device at once."""
 SUMS_BYTES = 2**30
 """Of all such sums, at most, where there is more than one part."""
+LARGE_BYTES = 10 * 2**30
+"""Of gradients, for which smaller ones are suggested even where they fit."""
+SUGGESTED_DIM = 4096
+"""Coordinates that are suggested at most: by those, products of gradients are within about 1/64 of their size."""
+LEAST_SUGGESTED_DIM = 64
+SUGGESTED_LAYERS = 3
+"""Modules that are suggested at most; by their names, one by one."""
 MOST_BATCH = 256
 """Samples on the device at once, where nothing else bounds them."""
 TILE_ENTRIES = 2**21
@@ -168,6 +176,113 @@ def power_of_two(count: int) -> int:
 
 
 @dataclass(frozen=True)
+class Suggestion:
+    """Settings under which gradients take less.
+
+    Attributes:
+        setting: a line of ``[grad_z]``.
+        dim: D under it, 0 where no gradients are kept.
+        grad_z_bytes: what gradients would take, at most.
+    """
+
+    setting: str
+    dim: int
+    grad_z_bytes: int
+
+    def __str__(self) -> str:
+        """Show it in one line."""
+        if not self.dim:
+            return f"[grad_z] {self.setting} (keeps no gradients, computes them for each test set)"
+        return f"[grad_z] {self.setting} (D = {self.dim}: {show_bytes(self.grad_z_bytes)})"
+
+
+GradZBytes = Callable[[int, str], int]
+"""Gives what gradients of so many coordinates take, at most, under an encoding."""
+
+
+def suggestions(
+    sizes: Mapping[str, int], dim: int, encoding: str, needed: GradZBytes, available: Callable[[int], int]
+) -> list[Suggestion]:
+    """Return what would fit: encodings that take less, a projection, the last layers; and to keep no gradients.
+
+    Of projections it is the largest power of two, up to ``SUGGESTED_DIM``, that takes half of what is available.
+
+    Args:
+        sizes: entries of each selected parameter, in the model's order.
+        dim: D.
+        encoding: as it is set.
+        needed: bytes.
+        available: gives the bytes that gradients of so many coordinates may take.
+    """
+    found = []
+    for other in ("float16", "int8"):
+        smaller = np.dtype(other).itemsize < np.dtype(encoding).itemsize
+        if smaller and needed(dim, other) <= available(dim):
+            found.append(Suggestion(f'encoding = "{other}"', dim, needed(dim, other)))
+
+    projected = min(SUGGESTED_DIM, power_of_two(max(1, dim - 1)))
+    while projected >= LEAST_SUGGESTED_DIM and 2 * needed(projected, encoding) > available(projected):
+        projected //= 2
+    if max(LEAST_SUGGESTED_DIM, len(sizes)) <= projected < dim:
+        setting = f'projection = {{ kind = "kronecker", dim = {projected} }}'
+        found.append(Suggestion(setting, projected, needed(projected, encoding)))
+    if dim == sum(sizes.values()):
+        layers = [(globs, n) for globs, n in _last_layers(sizes) if n < dim and needed(n, encoding) <= available(n)]
+        for globs, entries in layers[-1:]:
+            setting = "parameters = [{}]".format(", ".join(f'"{glob}"' for glob in globs))
+            found.append(Suggestion(setting, entries, needed(entries, encoding)))
+    return [*found, Suggestion("store = false", 0, 0)]
+
+
+def _last_layers(sizes: Mapping[str, int]) -> Iterator[tuple[list[str], int]]:
+    """Yield globs for the last module's parameters, the last two modules', …, with the entries that these match."""
+    globs = list(dict.fromkeys(f"{name.rpartition('.')[0]}.*" if "." in name else name for name in sizes))
+    for count in range(1, min(SUGGESTED_LAYERS, len(globs)) + 1):
+        chosen = globs[-count:]
+        yield chosen, sum(n for name, n in sizes.items() if any(fnmatch.fnmatchcase(name, glob) for glob in chosen))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What some blocks of a stage took, by themselves in one process.
+
+    Attributes:
+        ready: seconds before the first: what every process checks and chooses once.
+        blocks: the entries of each, and its seconds.
+        rest: seconds of whatever came after these.
+        peak_bytes: held at most, beside what was before.
+        stand_in: what they were computed of, for people, where their inputs are not there yet: these are not kept.
+        shares: what each of their arrays took on disk, of what it has in memory.
+    """
+
+    ready: float
+    blocks: tuple[tuple[int, float], ...]
+    rest: float = 0.0
+    peak_bytes: int = 0
+    stand_in: str = ""
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def spent(self) -> float:
+        """Seconds that were spent on what is kept."""
+        return 0.0 if self.stand_in else self.ready + sum(seconds for _, seconds in self.blocks) + self.rest
+
+    def left(self, entries: int, blocks: int, workers: int) -> float:
+        """Return the seconds that the next run takes for what is left; what first blocks cost is not multiplied.
+
+        Args:
+            entries: of the blocks that are left.
+            blocks: that are left.
+            workers: processes that share them.
+        """
+        timed = self.blocks[1:] or self.blocks
+        if not (entries and timed):
+            return 0.0
+        each = sum(seconds for _, seconds in timed) / sum(rows for rows, _ in timed)
+        return self.ready + each * entries / min(workers, blocks)
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """What a stage has, and what it would take.
 
@@ -177,12 +292,16 @@ class StagePlan:
         done: blocks that are there.
         total: blocks in all.
         rows: samples in all.
+        files: that are there.
+        files_expected: in all.
         bytes_on_disk: what is there.
         bytes_expected: what all of it would take: measured on the blocks that are there, or else before compression.
         measured: whether it was measured.
         memory_bytes: what one process holds at once, 0 where nothing is left to compute.
         passes: what it reads how often, for people.
         differs: for a miss, how the identity differs from the nearest that is cached.
+        timing: what blocks took where they were measured now.
+        seconds: that are left to a run by that.
     """
 
     stage: str
@@ -190,12 +309,16 @@ class StagePlan:
     done: int
     total: int
     rows: int
+    files: int
+    files_expected: int
     bytes_on_disk: int
     bytes_expected: int
     measured: bool
     memory_bytes: int
     passes: str
     differs: tuple[str, ...] = ()
+    timing: Timing | None = None
+    seconds: float = 0.0
 
     @property
     def complete(self) -> bool:
@@ -203,16 +326,31 @@ class StagePlan:
         return self.done == self.total
 
     def __str__(self) -> str:
-        """Show it in one line, and one for each difference."""
+        """Show it in one line, one for what was measured, and one for each difference."""
         state = "complete" if self.complete else "not begun" if not self.done else "to go on"
         of = "about" if self.measured else "at most"
         size = show_bytes(self.bytes_on_disk) + ("" if self.complete else f" of {of} {show_bytes(self.bytes_expected)}")
         lines = [
             f"{self.stage:<10} {self.key:<24} {self.done:>6} / {self.total:<6} blocks  {state:<9}  "
-            f"{size:<29}  memory {show_bytes(self.memory_bytes) if self.memory_bytes else '-':<9}  {self.passes}"
+            f"{f'{self.files_expected} files':<12}  {size:<29}  "
+            f"memory {show_bytes(self.memory_bytes) if self.memory_bytes else '-':<9}  {self.passes}"
         ]
+        if self.timing is not None:
+            lines.append(f"{'':<11}{self._timed(self.timing)}")
         lines += [f"{'':<11}differs from what is cached: {text}" for text in self.differs]
         return "\n".join(lines)
+
+    def _timed(self, timing: Timing) -> str:
+        """Say what was measured, and what follows of that."""
+        peak = f"peak so far {show_bytes(timing.peak_bytes)} above what was held"
+        if timing.stand_in:
+            took = sum(seconds for _, seconds in timing.blocks)
+            how = f"estimated from {show_seconds(took)} of {timing.stand_in}, which are not kept"
+            return f"about {show_seconds(self.seconds)} to go, {how}; {peak}"
+        if self.complete:
+            return f"measured: {show_seconds(timing.spent)} for what was missing; {peak}"
+        of = f"{len(timing.blocks)} block{'s' * (len(timing.blocks) > 1)} in {show_seconds(timing.spent)}"
+        return f"measured: {of}; about {show_seconds(self.seconds)} to go; {peak}"
 
 
 @dataclass(frozen=True)
@@ -223,11 +361,15 @@ class Plan:
         title: of what.
         stages: in the order in which they are run.
         free: bytes on the disk of the cache.
+        spare: of these, what is left free.
+        suggestions: what takes less disk, where that is wanted.
     """
 
     title: str
     stages: tuple[StagePlan, ...] = field(default=())
     free: int = 0
+    spare: int = 0
+    suggestions: tuple[Suggestion, ...] = ()
 
     def __getitem__(self, stage: str) -> StagePlan:
         """Return the plan of one stage."""
@@ -238,15 +380,48 @@ class Plan:
         """Whether nothing is left to compute."""
         return all(plan.complete for plan in self.stages)
 
+    @property
+    def seconds(self) -> float:
+        """What is left to a run, as far as stages were measured."""
+        return sum(plan.seconds for plan in self.stages)
+
+    @property
+    def bytes_needed(self) -> int:
+        """What is to be written."""
+        return sum(plan.bytes_expected - plan.bytes_on_disk for plan in self.stages if not plan.complete)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for that."""
+        return self.bytes_needed <= self.free - self.spare
+
     def __str__(self) -> str:
         """Show it as a table."""
-        lines = [self.title, *map(str, self.stages)]
-        needed = sum(plan.bytes_expected - plan.bytes_on_disk for plan in self.stages if not plan.complete)
-        if needed:
-            how = "" if all(plan.measured or plan.complete for plan in self.stages) else "at most "
-            fits = "" if needed <= self.free else ": may not fit; a run measures a block, and refuses what does not"
-            lines.append(f"to be written: {how}{show_bytes(needed)}, free on that disk: {show_bytes(self.free)}{fits}")
+        lines, missing = [self.title, *map(str, self.stages)], [plan for plan in self.stages if not plan.complete]
+        if self.bytes_needed:
+            how = "" if all(plan.measured for plan in missing) else "at most "
+            files = sum(max(0, plan.files_expected - plan.files) for plan in missing)
+            risk = "" if self.fits else ": may not fit; a run measures a block, and refuses what does not"
+            lines.append(
+                f"to be written: {how}{show_bytes(self.bytes_needed)} in {files} files, "
+                f"free on that disk: {show_bytes(self.free)}{risk}"
+            )
+            if self.suggestions:
+                lines.append("would take less:" if self.fits else "would fit:")
+                lines += [f"  {suggestion}" for suggestion in self.suggestions]
+        if any(plan.timing for plan in self.stages):
+            unknown = [plan.stage for plan in missing if plan.timing is None]
+            beside = f", and {', '.join(unknown)}, which could not be measured" if unknown else ""
+            lines.append(f"to go: about {show_seconds(self.seconds)}{beside}")
         return "\n".join(lines)
+
+
+def show_seconds(seconds: float) -> str:
+    """Write a time for people."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.{0 if seconds >= 10 else 1}f} s"
 
 
 def enough(needed: Callable[[int], int], memory_bytes: int) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
-import numpy as np
-
-from influence_pipeline.cache import Group
+from influence_pipeline.cache import DESCRIPTION, Group, Layout, array_bytes
 from influence_pipeline.context import Context
 from influence_pipeline.errors import RequestError
-from influence_pipeline.plan import show_bytes
+from influence_pipeline.plan import Suggestion, block_rows, show_bytes, suggestions
 from influence_pipeline.runner import Work
 from influence_pipeline.works import Place
-from stages.stage import Block
+from stages.stage import Block, Grid
 
 SPARE = 16 * 2**20
 """Bytes that are left free."""
@@ -26,15 +28,68 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def expected_bytes(work: Work, group: Group | None) -> tuple[int, bool]:
-    """Return what all of a stage will take on disk, and whether that was measured on its first blocks."""
-    bound = work.layout.bytes_bound()
-    done, _ = (0, 0) if group is None else group.progress()
-    if group is None or not done:
-        return bound, False
-    rows = sum(block.rows for block in group.layout.grid if group.record(block) is not None)
+def expected_bytes(
+    work: Work, group: Group | None, shares: Mapping[str, float] = MappingProxyType({})
+) -> tuple[int, bool]:
+    """Return what all of a stage will take on disk, and whether that was measured.
+
+    Blocks are extrapolated by their entries; what describes the arrays is there, and what is merged is bounded.
+
+    Args:
+        work: the stage.
+        group: whose blocks that are there are measured.
+        shares: measured elsewhere, for where there are none; see :func:`shares`.
+    """
+    bound = work.layout.bytes_bound(shares)
+    if group is None:
+        return bound, bool(shares)
+    records = [(block.rows, record) for block in group.layout.grid if (record := group.record(block)) is not None]
+    if not records:
+        return bound, bool(shares)
+    written, rows = sum(file.length for _, record in records for file in record.files), sum(rows for rows, _ in records)
     total = sum(block.rows for block in work.stage.grid)
-    return min(bound, group.bytes_on_disk() * total // rows), True
+    beside = group.bytes_on_disk() - written + (0 if group.finished else work.layout.merged_bytes)
+    return min(bound, beside + written * total // rows), True
+
+
+def shares(group: Group) -> dict[str, float]:
+    """Return what each array takes on disk of what it has in memory, as far as its blocks are there.
+
+    Beside arrays, by their files' name, what descriptions take of their bound.
+    """
+    layout, whole = group.layout, sum(block.rows for block in group.layout.grid)
+    done = sum(block.rows for block in layout.grid if group.record(block) is not None) / whole
+    descriptions = (path.stat().st_size for path in group.path.rglob(DESCRIPTION))
+    found = {DESCRIPTION: sum(descriptions) / layout.described_bytes}
+    for spec in layout.all:
+        files = [path for path in (group.path / spec.name).rglob("*") if path.is_file() and path.name != DESCRIPTION]
+        there = array_bytes(spec) * (float(group.finished) if spec in layout.merged else done)
+        if there and files:
+            found[spec.name] = sum(path.stat().st_size for path in files) / there
+    return found
+
+
+def gradients_bytes(work: Work, dim: int, encoding: str) -> int:
+    """Return what training gradients of so many coordinates take at most: less than ``work``'s, or another encoding."""
+    grid = Grid((replace(work.stage.grid.axes[0], band=block_rows(dim)),))
+    count = grid.axes[0].length
+    arrays = [
+        replace(spec, shape=(count, dim), encoding=encoding) if spec.encoding else spec for spec in work.layout.arrays
+    ]
+    return Layout(grid, arrays).bytes_bound()
+
+
+def advice(context: Context, work: Work, available: Callable[[int], int]) -> list[Suggestion]:
+    """Return settings of gradients under which these would fit.
+
+    Args:
+        context: of them.
+        work: of them.
+        available: gives the bytes that gradients of so many coordinates may take.
+    """
+    sizes = {name: parameter.numel() for name, parameter in context.function.params.items()}
+    needed = functools.partial(gradients_bytes, work)
+    return suggestions(sizes, context.dim, context.settings.grad_z.encoding, needed, available)
 
 
 def refuse(place: Place, work: Work, group: Group, context: Context, missing: list[Block]) -> list[Block]:
@@ -58,30 +113,13 @@ def refuse(place: Place, work: Work, group: Group, context: Context, missing: li
     raise RequestError(
         f"{work.label} needs {show_bytes(needed)} more ({how}), and the disk of {group.path} has "
         f"{show_bytes(max(0, free))} free, beside {show_bytes(SPARE)} that are left alone. "
-        f"{_what_fits(place, context, needed, max(0, free))}"
+        f"{_what_fits(place, work, context, max(0, free))}"
     )
 
 
-def _what_fits(place: Place, context: Context, needed: int, free: int) -> str:
+def _what_fits(place: Place, work: Work, context: Context, free: int) -> str:
     """Say what would fit in the free bytes."""
     if place.stage != "grad_z":
         return "Free some (`gc` removes what nothing refers to), or name a cache on another disk"
-    fits = []
-    encoding = context.settings.grad_z.encoding
-    for other in ("float16", "int8"):
-        part = np.dtype(encoding).itemsize // np.dtype(other).itemsize
-        if part > 1 and needed // part <= free:
-            fits.append(f'[grad_z] encoding = "{other}" ({"half" if part == 2 else "a quarter"} of it)')
-    sizes: dict[str, int] = {}
-    for name, parameter in context.function.params.items():
-        prefix = name.partition(".")[0]
-        sizes[prefix] = sizes.get(prefix, 0) + parameter.numel()
-    share = free / needed
-    small = sorted(((size, name) for name, size in sizes.items() if size <= share * context.dim), reverse=True)
-    fits += [
-        f'[grad_z] parameters = ["{name}{"" if name in context.function.params else ".*"}"] '
-        f"({size} of {context.dim} coordinates)"
-        for size, name in small[:3]
-    ]
-    fits.append("[grad_z] store = false (keeps none; computes them for each test set)")
-    return f"Would fit: {'; '.join(fits)}; or a cache on another disk"
+    fits = "; ".join(map(str, advice(context, work, lambda dim: free)))
+    return f"Would fit: {fits}; or a cache on another disk"

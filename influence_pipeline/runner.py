@@ -39,6 +39,8 @@ from influence_pipeline.cache.claims import Claim
 from influence_pipeline.cache.record import NOTHING, Record, digest
 from influence_pipeline.cache.writing import BlockWriting
 from influence_pipeline.errors import RequestError, WorkError
+from influence_pipeline.peak import peak
+from influence_pipeline.plan import Timing
 from influence_pipeline.samples import DIGEST_BYTES, DataSet
 from influence_pipeline.settings import RuntimeSettings
 from stages.stage import Array, ArrayLike, ArraySpec, Block, Progress, Stage, StageError
@@ -46,6 +48,8 @@ from stages.stage import Array, ArrayLike, ArraySpec, Block, Progress, Stage, St
 log = logging.getLogger(__name__)
 
 DIGESTS = "digests"
+SHORT = 10.0
+"""Seconds of a block below which what the first one costs beside may count, so that a second is measured."""
 MOST_TRIES = 3
 """Times that a run computes a block before it gives up on one that does not stay valid."""
 PAUSE = 0.2
@@ -268,11 +272,13 @@ class Outcome:
         computed: blocks computed now.
         total: blocks in all.
         seconds: spent.
+        timing: of blocks, where they were to be measured, and some were missing.
     """
 
     computed: int
     total: int
     seconds: float
+    timing: Timing | None = None
 
 
 Rebuild = Callable[[], tuple[Work, Group]]
@@ -334,6 +340,47 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
     seconds = time.monotonic() - began
     log.info("%s: %d blocks computed in %.1f s", work.label, computed, seconds)
     return Outcome(computed, len(work.stage.grid), seconds)
+
+
+def measure(work: Work, group: Group, runtime: RuntimeSettings, room: Room) -> Outcome:
+    """Compute a missing block in this process as a run does, and a second one where that was short, and time them.
+
+    Args:
+        work: the stage.
+        group: where it is kept, of the right size.
+        runtime: workers, whose number of threads is used, and progress.
+        room: asked before blocks are computed.
+    """
+    began = time.monotonic()
+    missing = pending(work, group)
+    if not missing and group.finished:
+        return Outcome(0, len(work.stage.grid), time.monotonic() - began)
+    work.memory()
+    _give_back()
+    blocks: list[tuple[int, float]] = []
+    with (
+        _threads(runtime.workers),
+        _named_errors(work.label),
+        _interrupted_once(),
+        work.computing(),
+        _Bar(work, missing, runtime.progress) as bar,
+        peak() as most,
+    ):
+        if missing:
+            work.ready()
+        kept = time.monotonic()
+        ready = kept - began
+        while missing and len(blocks) < 2 and (not blocks or blocks[0][1] < SHORT):
+            block, *missing = room(missing)[:1] + missing[1:]
+            if _here(work, group, [block], bar):
+                blocks.append((block.rows, time.monotonic() - kept))
+            kept = time.monotonic()
+        if complete := not pending(work, group):
+            work.finish(group, bar.note)
+        timing = Timing(ready, tuple(blocks), time.monotonic() - kept, most())
+    seconds = time.monotonic() - began
+    # Where other processes are at work on all that is missing, nothing was measured.
+    return Outcome(len(blocks), len(work.stage.grid), seconds, timing if blocks or complete else None)
 
 
 def _give_back() -> None:

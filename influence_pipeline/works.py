@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -23,7 +24,7 @@ from influence_pipeline.runner import DIGESTS, Work, pending
 from influence_pipeline.samples import DataSet, changed_samples
 from stages.device_batch import DeviceBatch
 from stages.grad_z import ComputedRows, GradZ, PerSample
-from stages.influence import Influence
+from stages.influence import AT_ONCE, Influence
 from stages.s_test import STest
 from stages.s_test.prepare import Prepare, probe_losses, probes
 from stages.stage import Array, ArrayLike, Block, Grid, StageError
@@ -415,11 +416,11 @@ class Works:
         sums = self.settings.s_test.sum_shapes(self.context.dim)
         return plan.parts(count, sum(map(math.prod, sums.values())))
 
-    def _s_test(self, tests: str) -> Work:
+    def _s_test(self, tests: str, stand_in: dict[str, ArrayLike] | None = None) -> Work:
         context, solver = self.context, self.settings.s_test
         rows = self.band(self.s_test_place(tests), "test", plan.block_rows(context.dim, plan.MOST_TESTS))
         data = context.test(tests)
-        prepared, basis = self._prepared()
+        prepared, basis = self._prepared() if stand_in is None else (stand_in, digest([]))
         curvature = context.curvature(self.curvature_samples)
 
         def within(memory: int) -> STest:
@@ -461,6 +462,64 @@ class Works:
         work = self._curvature()
         there: dict[str, ArrayLike] = {name: group.array(name) for name in solver.summary_names()}
         return there, group.contents(work.stage.grid, lambda block: work.valid(group, block))
+
+    def complete(self, *places: Place | None) -> bool:
+        """Say whether nothing is missing of some stages."""
+        found = [(self.work(place), self.find(place)) for place in places if place is not None]
+        return all(group is not None and group.finished and not pending(work, group) for work, group in found)
+
+    def s_test_by_part(self, tests: str) -> Work | None:
+        """Return work like solving, of a curvature that is not complete: of the mean of those parts that are there.
+
+        That is for measuring how long it takes. None where no part is there.
+        """
+        place = self.curvature_place()
+        group, work = None if place is None else self.find(place), self._curvature()
+        there = [] if group is None else [block for block in work.stage.grid if work.valid(group, block)]
+        if group is None or not there:
+            return None
+        means = {
+            spec.name: np.mean([group.array(spec.name)[block.index[0]] for block in there], axis=0)
+            for spec in work.stage.arrays
+        }
+        parts = {name: np.broadcast_to(mean, (len(work.stage.grid), *mean.shape)) for name, mean in means.items()}
+        with self.context.evaluating():
+            found = work.stage.finish(parts)
+        return self._s_test(tests, {name: found[name] for name in self.settings.s_test.summary_names()})
+
+    def influence_by_rows(self, place: Place, beside: Sequence[Place]) -> Work | None:
+        """Return work like scoring, of random solutions and those first gradients that are there.
+
+        That is for measuring how long it takes, in two blocks of as much work. None where no gradients are there.
+        """
+        stage = self._influence(str(place.tests), beside).stage
+        assert isinstance(stage, Influence)
+        tests = sum(len(self.context.test(str(each.tests))) for each in (place, *beside))
+        tests, band = min(tests, stage.grid.axes[0].band), stage.grid.axes[1].band
+        blocks = list(self._grad_z_stage().grid)
+        if self.settings.grad_z.store:
+            group = self.find(self.grad_z_place())
+            there = itertools.takewhile(lambda block: group is not None and group.whole(block), blocks)
+            rows, repeats = min(band, sum(block.rows for block in there)), 2
+        else:  # a block of gradients that was computed is remembered
+            rows, repeats, band = sum(block.rows for block in blocks[:2]), 1, blocks[0].rows
+        if not rows:
+            return None
+        measured = Influence(
+            _Random((tests * repeats, self.context.dim)),
+            stage.gradients,
+            stage.train_ids[:rows],
+            np.arange(tests * repeats),
+            bands=(tests, band),
+            read_rows=stage.read_rows,
+            read_columns=stage.read_columns,
+            tile_columns=stage.tile_columns,
+            rows_first=stage.rows_first,
+            curvature_samples=stage.curvature_samples,
+            top_k=min(stage.top_k, rows),
+            store_scores=self.settings.influence.store_scores,
+        )
+        return Work(measured, f"influence {place.tests}", unit="scores", computing=self.context.evaluating)
 
     def beside(self, place: Place, others: Sequence[Place]) -> tuple[Place, ...]:
         """Return those of some scores that can be computed with others in one pass over the gradients.
@@ -608,6 +667,18 @@ class _Absent:
 
     def __getitem__(self, index: Any) -> Any:
         raise MissingStage("an input of this stage is not there yet")
+
+
+class _Random:
+    """A matrix of random numbers, of which a few columns are in memory: any others that are asked for are the same."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self._first = np.random.default_rng(0).standard_normal((shape[0], min(AT_ONCE, shape[1])), dtype=np.float32)
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Array:
+        rows, columns = index
+        return self._first[rows, : columns.stop - columns.start].copy()
 
 
 def _covering(grid: Grid, part: slice) -> Sequence[Block]:

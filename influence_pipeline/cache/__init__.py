@@ -29,7 +29,7 @@ import numcodecs.blosc
 from influence_pipeline.cache import claims
 from influence_pipeline.cache.group import Group
 from influence_pipeline.cache.identity import Identity, differences, key_of, nearest, told_apart
-from influence_pipeline.cache.layout import DESCRIPTION, Layout, sealed, write_description
+from influence_pipeline.cache.layout import DESCRIPTION, Layout, array_bytes, sealed, write_description
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError, WorkError
 
 FORMAT = 4
@@ -41,11 +41,13 @@ LEFTOVERS = ("*.partial", "*/zarr.*.partial", "*/*/zarr.*.partial")
 log = logging.getLogger(__name__)
 
 __all__ = [
+    "DESCRIPTION",
     "FORMAT",
     "STAGES",
     "Cache",
     "Group",
     "Layout",
+    "array_bytes",
     "differences",
     "key_of",
     "leave_no_lock",

@@ -217,6 +217,10 @@ class Group:
         """Return the bytes of all files."""
         return sum(found.st_size for found in self._files())
 
+    def files_on_disk(self) -> int:
+        """Return how many files there are."""
+        return sum(1 for _ in self._files())
+
     def written(self) -> float:
         """Return when something was last written, in seconds since the epoch."""
         return max((found.st_mtime for found in self._files()), default=0.0)

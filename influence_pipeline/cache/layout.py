@@ -7,8 +7,9 @@ import itertools
 import json
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import google_crc32c
@@ -102,6 +103,13 @@ class Layout:
         """Return the names of all files that merging fills."""
         return [name for spec in self.merged for name in self.files(spec, tuple(slice(0, n) for n in spec.shape))]
 
+    @property
+    def file_count(self) -> int:
+        """How many files there are once all blocks are: each fills as many, beside its record."""
+        each = len(self.block_files(self.grid.block(tuple(0 for _ in self.grid.axes)))) + 1
+        described = len(self.all) + 1
+        return described + len(self.grid) * each + len(self.merged_files()) + bool(self.merged)
+
     def blocks_of(self, name: str, index: tuple[Any, ...]) -> list[Block]:
         """Return the blocks that a part of an array is of; none where it is merged from all."""
         spec = next((spec for spec in self.stored if spec.name == name), None)
@@ -125,12 +133,24 @@ class Layout:
             assert position < len(self.grid.axes)
         return [self.grid.block(found) for found in itertools.product(*spans)]
 
-    def bytes_bound(self) -> int:
-        """Return the bytes of all arrays, uncompressed, and of what describes them."""
-        described = 4096 * (len(self.all) + 1)
-        return described + sum(
-            math.prod(spec.shape) * np.dtype(spec.encoding or spec.dtype).itemsize for spec in self.all
-        )
+    def bytes_bound(self, shares: Mapping[str, float] = MappingProxyType({})) -> int:
+        """Return the bytes of all arrays, and of what describes them, at most.
+
+        Args:
+            shares: of its bytes, what an array of some name takes compressed, or all descriptions by their name.
+        """
+        described = math.ceil(self.described_bytes * shares.get(DESCRIPTION, 1.0))
+        return described + sum(math.ceil(array_bytes(spec) * shares.get(spec.name, 1.0)) for spec in self.all)
+
+    @property
+    def described_bytes(self) -> int:
+        """Bytes of all descriptions, at most."""
+        return 4096 * (len(self.all) + 1)
+
+    @property
+    def merged_bytes(self) -> int:
+        """Bytes of what is merged, uncompressed."""
+        return sum(map(array_bytes, self.merged))
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -139,6 +159,11 @@ class Layout:
             "bands": {axis.name: axis.band for axis in self.grid.axes},
             "arrays": sorted(spec.name for spec in self.all),
         }
+
+
+def array_bytes(spec: ArraySpec) -> int:
+    """Return the bytes of an array, uncompressed."""
+    return math.prod(spec.shape) * np.dtype(spec.encoding or spec.dtype).itemsize
 
 
 def fill_value(dtype: str) -> Any:

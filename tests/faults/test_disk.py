@@ -340,9 +340,9 @@ def test_less_than_one_block_is_refused_before_anything_is_computed(
 
 
 ADVICE: dict[str, tuple[str, dict[str, Any]]] = {
-    "encoding": ('[grad_z] encoding = "float16" (half of it)', {"grad_z": {"encoding": "float16"}}),
+    "encoding": ('[grad_z] encoding = "float16" (D = 4003: ', {"grad_z": {"encoding": "float16"}}),
     "parameters": (
-        '[grad_z] parameters = ["2.*"] (1203 of 4003 coordinates)',
+        '[grad_z] parameters = ["2.*"] (D = 1203: ',
         {"grad_z": {"encoding": "float32", "parameters": ["2.*"]}},
     ),
     "store": ("[grad_z] store = false", {"grad_z": {"encoding": "float32", "store": False}}),

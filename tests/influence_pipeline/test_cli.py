@@ -83,16 +83,28 @@ def test_a_plan_shows_what_is_missing_and_computes_nothing(invoke: Invoke, proje
     assert before.exit_code == 0, before.output
     assert [re.split(r"  +", line)[2:4] for line in before.stdout.splitlines()[1:-1]] == [
         ["0 / 4", "blocks"],
-        ["0 / 1", "blocks"],
+        ["0 / 2", "blocks"],
         ["0 / 3", "blocks"],
         ["0 / 12", "blocks"],
     ]
-    assert re.search(r"to be written: at most [\d.]+ KiB, free on that disk: [\d.]+ GiB$", before.stdout.strip())
+    assert re.search(
+        r"to be written: at most [\d.]+ KiB in \d+ files, free on that disk: [\d.]+ GiB$", before.stdout.strip()
+    )
     assert not (project.parent / "runs").exists()
     invoke("run", project)
     after = invoke("plan", project).stdout
     assert after.count("complete") == 4
     assert "4 / 4" in after
+
+
+def test_a_plan_that_measures_says_seconds_and_keeps_blocks(invoke: Invoke, project: Path) -> None:
+    result = invoke("plan", project, "--measure")
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"measured: 2 blocks in [\d.]+ s; about [\d.]+ s to go; peak so far [\d.]+ .?i?B above", result.stdout
+    )
+    assert re.search(r"^to go: about [\d.]+ s$", result.stdout, re.MULTILINE)
+    assert "2 of 4 blocks computed" in invoke("grad-z", project).stdout
 
 
 def test_status_shows_what_is_cached_without_model_or_data(invoke: Invoke, project: Path) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import math
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import influence_pipeline as ip
-from influence_pipeline import plan
+from influence_pipeline import pipeline, plan, room
 from influence_pipeline.cache import Layout
-from influence_pipeline.plan import Plan, StagePlan, show_bytes
+from influence_pipeline.plan import Plan, StagePlan, Timing, show_bytes, show_seconds
 from stages.influence import Influence
+from stages.projection import Projection
 from stages.stage import ArraySpec, Axis, Grid
 
 dims = st.integers(1, 2**28)
@@ -208,6 +214,108 @@ def test_a_batch_that_fits_is_the_most_or_the_largest_power_of_two(most: int, bo
         assert found & (found - 1) == 0
 
 
+# ---- what would fit --------------------------------------------------------------------------------------------------
+
+ENCODINGS = ["float32", "float16", "int8"]
+names = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4).map(".".join)
+parameters = st.dictionaries(names, st.integers(1, 10**7), min_size=1, max_size=12)
+
+
+@given(parameters, st.sampled_from(ENCODINGS), st.integers(1, 10**6), st.integers(0, 10**14), st.integers(0, 10**3))
+def test_every_suggestion_fits(sizes: dict[str, int], encoding: str, count: int, free: int, each: int) -> None:
+    dim = sum(sizes.values())
+
+    def needed(dim: int, encoding: str) -> int:
+        return count * (dim * np.dtype(encoding).itemsize + 32)
+
+    def available(dim: int) -> int:
+        return free - each * dim
+
+    found = plan.suggestions(sizes, dim, encoding, needed, available)
+    assert found[-1].setting == "store = false"
+    for suggestion in found[:-1]:
+        settings = tomllib.loads(f"[grad_z]\n{suggestion.setting}")["grad_z"]
+        kept = settings.get("encoding", encoding)
+        assert suggestion.grad_z_bytes == needed(suggestion.dim, kept) <= available(suggestion.dim)
+        if "projection" in settings:
+            projection = Projection(**settings["projection"])
+            coordinates = sum(r * c for r, c in projection.sizes({name: (n,) for name, n in sizes.items()}).values())
+            assert coordinates <= suggestion.dim == projection.dim < dim
+            assert 2 * suggestion.grad_z_bytes <= available(suggestion.dim)
+            more = 2 * suggestion.dim
+            assert more >= min(dim, 8192) or 2 * needed(more, encoding) > available(more)
+        if "parameters" in settings:
+            matched = {name for glob in settings["parameters"] for name in fnmatch.filter(sizes, glob)}
+            assert sum(sizes[name] for name in matched) == suggestion.dim < dim
+            assert list(sizes)[-1] in matched
+
+
+def test_a_network_of_eleven_million_parameters_is_to_be_projected_to_4096_coordinates() -> None:
+    sizes = {"conv1.weight": 11_168_832, "fc.weight": 5120, "fc.bias": 10}
+
+    def needed(dim: int, encoding: str) -> int:
+        return 50_000 * dim * np.dtype(encoding).itemsize
+
+    for free, settings in {
+        10**11: ["projection", "parameters", "store"],
+        6 * 10**11: ["encoding", "projection", "parameters", "store"],
+        10**8: ["projection", "store"],
+        10**3: ["store"],
+    }.items():
+        found = plan.suggestions(sizes, sum(sizes.values()), "float16", needed, lambda dim, free=free: free)
+        assert [suggestion.setting.partition(" ")[0] for suggestion in found] == settings
+        shown = "\n".join(map(str, found))
+        if free > 10**8:
+            assert '[grad_z] projection = { kind = "kronecker", dim = 4096 } (D = 4096: 391 MiB)' in shown
+            assert '[grad_z] parameters = ["fc.*"] (D = 5130: 489 MiB)' in shown
+        elif "projection" in settings:
+            assert "dim = 256 }" in shown
+
+
+def test_gradients_take_no_more_than_suggested(make: Callable[..., ip.Pipeline], tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3))
+    big, made = make(model=model, grad_z={"encoding": "float32"}), 0
+    work = big._works.work(big._works.grad_z_place())
+    for suggestion in room.advice(big._works.context, work, lambda dim: 10**9)[:-1]:
+        settings = tomllib.loads(f"[grad_z]\n{suggestion.setting}")["grad_z"]
+        small = make(tmp_path / str(made), model=model, grad_z={"encoding": "float32", **settings})
+        planned = small.plan()["grad_z"]
+        assert planned.bytes_expected <= suggestion.grad_z_bytes + 5000, "a projection's fidelity is kept, too"
+        made += 1
+    assert made == 4
+
+
+def test_a_plan_that_may_not_fit_says_what_would(
+    make: Callable[..., ip.Pipeline], monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    assert make().plan().suggestions == ()
+    monkeypatch.setattr(pipeline, "LARGE_BYTES", 1)
+    assert 'would take less:\n  [grad_z] encoding = "int8" (D = 83: ' in str(make().plan())
+    monkeypatch.setattr(room, "free_bytes", lambda path: room.SPARE + 1000)
+    monkeypatch.setattr(pipeline, "LARGE_BYTES", 10**10)
+    assert "would fit:\n  [grad_z] store = false" in str(make().plan())
+    assert not cache.exists()
+
+
+def test_files_are_as_many_as_planned(make: Callable[..., ip.Pipeline], cache: Path) -> None:
+    planned = {f"{stage.stage}/{stage.key}": stage.files_expected for stage in make().plan().stages}
+    make().run()
+    assert planned == {name: sum(path.is_file() for path in (cache / name).rglob("*")) for name in planned}
+    assert all(stage.files == stage.files_expected for stage in make().plan().stages)
+
+
+# ---- seconds ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 8), st.floats(0, 10), st.floats(0, 10))
+def test_what_first_blocks_cost_beside_is_not_multiplied(
+    rows: int, left: int, workers: int, ready: float, first: float
+) -> None:
+    timing = Timing(ready, ((rows, 3.0 * rows + first), (rows, 3.0 * rows)))
+    expected = ready + 3.0 * rows * left / min(workers, max(1, left)) if left else 0.0
+    assert timing.left(rows * left, left, workers) == pytest.approx(expected)
+
+
 # ---- for people ------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +337,7 @@ def test_amounts_of_memory_are_written_for_people(count: int, text: str) -> None
 
 def test_a_printed_plan_says_where_things_stand() -> None:
     def stage(name: str, done: int, differs: tuple[str, ...] = ()) -> StagePlan:
-        return StagePlan(name, "0123456789ab", done, 4, 60, 2048, 4096, False, 1024, "1 pass", differs)
+        return StagePlan(name, "0123456789ab", done, 4, 60, 9, 12, 2048, 4096, False, 1024, "1 pass", differs)
 
     shown = Plan("60 training samples", (stage("grad_z", 4), stage("s_test", 2), stage("influence", 0, ("a: 1 ≠ 2",))))
     lines = str(shown).splitlines()
@@ -238,7 +346,17 @@ def test_a_printed_plan_says_where_things_stand() -> None:
     assert "complete" in lines[1]
     assert "to go on" in lines[2]
     assert "not begun" in lines[3]
+    assert "12 files" in lines[3]
     assert "2.0 KiB of at most 4.0 KiB" in lines[3]
     assert lines[4].endswith("differs from what is cached: a: 1 ≠ 2")
+    assert lines[5].startswith("to be written: at most 4.0 KiB in 6 files, free on that disk: 0 B: may not fit")
     assert not shown.complete
     assert shown["grad_z"].complete
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (9.94, "9.9 s"), (119, "119 s"), (180, "3.0 min"), (9000, "2.5 h"), (2e5, "2.3 d")],
+)
+def test_times_are_written_for_people(seconds: float, text: str) -> None:
+    assert show_seconds(seconds) == text
