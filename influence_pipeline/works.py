@@ -23,6 +23,8 @@ from influence_pipeline.runner import DIGESTS, Work, pending
 from influence_pipeline.samples import DataSet, changed_samples
 from stages.device_batch import DeviceBatch
 from stages.grad_z import ComputedRows, GradZ, PerSample
+from stages.grad_z.choose import choosing_bytes
+from stages.grad_z.fidelity import probe_bytes, probes_within
 from stages.influence import Influence
 from stages.s_test import STest
 from stages.s_test.prepare import Prepare, probe_losses, probes
@@ -342,7 +344,9 @@ class Works:
 
         def needed(memory: int) -> int:
             batch, kept = context.batch_within("gradients", memory), context.few.kept("gradients", context.device)
-            return plan.gradients_memory(dim, rows, batch, itemsize, encoding) + min(batch, rows) * kept
+            gradients = plan.gradients_memory(dim, rows, batch, itemsize, encoding)
+            compared = probe_bytes(self._probes(memory), context.function.entries, itemsize)
+            return max(gradients + compared, choosing_bytes(context.function)) + min(batch, rows) * kept
 
         def before() -> None:
             _check_fixed(context.train)
@@ -365,7 +369,15 @@ class Works:
         return GradZ(
             *(context.function, context.train, rows, encoding, self._batch(context.memory)),
             functools.partial(round_trip, encoding=encoding) if self.settings.grad_z.store else None,
+            self._probes(context.memory),
         )
+
+    def _probes(self, memory_bytes: int) -> int:
+        """Return how many unprojected gradients are held while what projection loses is measured."""
+        function = self.context.function
+        if not (function.projected and self.settings.grad_z.store):
+            return 0
+        return probes_within(function.entries, function.dtype.itemsize, memory_bytes // 2)
 
     def _batch(self, memory_bytes: int) -> DeviceBatch:
         """Return the number of samples whose gradients are computed together, chosen when it is asked for."""

@@ -170,10 +170,10 @@ class Coordinates:
         """D."""
         return max((part.stop for part in self.columns.values()), default=0)
 
-    def project(self, values: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Return the coordinates (…, D) of one tensor (…, *shape) for each parameter."""
+    def project(self, values: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return the coordinates (…, D) of one tensor (…, *shape) for each parameter, in ``out`` where given."""
         parts = [one.project(values[name].to(dtype)) for name, one in self.maps.items()]
-        return torch.cat(parts, dim=-1) if self.separate else torch.stack(parts).sum(0)
+        return torch.cat(parts, dim=-1, out=out) if self.separate else torch.sum(torch.stack(parts), 0, out=out)
 
     def expand(self, vectors: Tensor) -> dict[str, Tensor]:
         """Return one tensor (…, *shape) for each parameter, by the transpose."""
