@@ -32,7 +32,7 @@ PROBE_ENTRIES = 2**24
 FALLBACK = 2**22
 """Entries up to which ``vmap`` is looked at, too, where layer hooks do everything: a batch that they cannot follow is
 seldom, and copies of so many parameters for each sample gain little."""
-AT_ONCE = 2**22
+AT_ONCE = 2**20
 """Entries that are compared at once."""
 
 MOST = 0.5
@@ -228,11 +228,15 @@ def compared(function: ModelFunction) -> int:
 
 
 def choosing_bytes(function: ModelFunction) -> int:
-    """Return what choosing holds at once: coordinates by two ways; and one gradient, or by ``vmap`` two for each."""
+    """Return what choosing holds at once, at most: coordinates by two ways, and what is formed on the way to them.
+
+    That is one gradient by the loop; for all samples what is projected by hooks; or two copies of all by ``vmap``.
+    """
+    count, entries = compared(function), function.entries
     known = {name for owner in hooks.owners(function) for name in owner.names.values()}
-    by_vmap = function.entries <= FALLBACK or not known >= set(function.params)
-    formed = (2 * compared(function) if by_vmap else 1) * function.entries
-    return (2 * compared(function) * function.size + formed) * function.dtype.itemsize
+    by_vmap = 2 * count * entries if entries <= FALLBACK or not known >= set(function.params) else 0
+    by_hooks = count * hooks.formed(function) if function.projected else 0
+    return (2 * count * function.size + max(entries, by_hooks, by_vmap)) * function.dtype.itemsize
 
 
 def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:

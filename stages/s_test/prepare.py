@@ -59,9 +59,12 @@ class Prepare(Stage):
 
     @property
     def held_bytes(self) -> int:
-        """What the sums over a part take at once, at most, or adding them up."""
+        """What the sums over a part take at once, at most, or adding them up; or looking at samples before."""
+        from stages.grad_z.choose import choosing_bytes
+
         row = self.curvature.dim * self.curvature.function.dtype.itemsize
-        return row * self.solver.preparing_vectors(self.curvature) + self.solver.summing_bytes(self.curvature)
+        summing = row * self.solver.preparing_vectors(self.curvature) + self.solver.summing_bytes(self.curvature)
+        return max(summing, choosing_bytes(self.curvature.function))
 
     def prepare(self, report: Report = silent) -> None:
         """Check model and training data."""
