@@ -32,7 +32,7 @@ MODULES = {
     "rows_further": ("further_tests",),
     "rows_s_test": ("lissa_32", "lissa_512"),
     "rows_machine": ("two_workers", "resume"),
-    "rows_memory": ("memory",),
+    "rows_memory": ("memory", "wide"),
     "nothing_to_do": ("nothing_to_do",),
 }
 """The modules of this folder that have rows, by name; each has them as ``ROWS``, functions of a ``Bench``."""
