@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from influence_pipeline.by_parameter import columns_by_parameter, grouped, products
 from influence_pipeline.cache import Cache, Group, told_apart
+from influence_pipeline.cache.record import digest
 from influence_pipeline.errors import CacheDamaged, MissingStage, RequestError, WorkError
 from stages.influence.ranking import bottom_k, top_k
-from stages.stage import Array
+from stages.stage import Array, Block, Grid
 
 if TYPE_CHECKING:
     import xarray
@@ -122,6 +126,50 @@ class Influences:
     def gradient_norm(self) -> float | None:
         """How far the model is from an optimum, |ḡ + l2·θ|, where influence assumes 0; None where not measured."""
         return None if self._prepared is None else float(self._prepared.array("gradient_norm")[()])
+
+    def by_parameter(
+        self,
+        samples: Sequence[int] | Array,
+        tests: Sequence[int] | Array | None = None,
+        *,
+        layers: Sequence[str] = (),
+    ) -> dict[str, Array]:
+        """Return the part of scores that comes through each parameter's coordinates of the training gradient.
+
+        The parts of a score add up to it, but for rounding: S and G have columns for each parameter, and a part is
+        the product of these alone. The inverse of H mixes parameters in S: a part says what moving this parameter
+        along the sample's gradient does to the measurement once all others have followed, not what the model would
+        do with this parameter alone.
+
+        Args:
+            samples: ids of training samples (n); :meth:`helpful` and :meth:`harmful` give some to ask about.
+            tests: ids of test samples (t); by default all.
+            layers: globs over the names of parameters, as ``"layer1.*"``: what the first of them matches is summed
+                under the glob. A parameter that none matches stays by itself.
+
+        Returns:
+            (t, n) float32 by name of parameter, or by glob. What is held of S and G beside these is some 64 MiB, or
+            two rows of their tiles where these are wider.
+
+        Raises:
+            RequestError: an id or a glob is not there, or the parameters share their coordinates.
+            MissingStage: gradients or solutions are not in the cache, or others than these scores are of.
+        """
+        if self._trained is None:
+            raise MissingStage(
+                "no scores by parameter: the gradients are not in the cache. They were removed, or never kept "
+                "([grad_z] store = false): run grad_z with store = true"
+            )
+        if self._solved is None:
+            raise MissingStage("no scores by parameter: the solutions were removed: run s_test again")
+        columns = columns_by_parameter(self._trained.attributes["identity"])
+        names = grouped(list(columns), layers)
+        rows = _positions(self.test_ids, self.test_ids if tests is None else tests, "test")
+        ids = _positions(self.train_ids, samples, "training")
+        self._refuse_other_inputs(rows, ids)
+        found = products(self._solved, self._trained, rows, ids, columns)
+        of_names = {name: np.sum([found.pop(one) for one in own], axis=0) for name, own in names.items()}
+        return {name: (total / self.curvature_samples).astype(np.float32) for name, total in of_names.items()}
 
     def helpful(self, k: int = 10) -> tuple[Array, Array]:
         """Return ids (T, k) int64 and scores (T, k) float32, most helpful first; equal scores by ascending id.
@@ -285,6 +333,27 @@ class Influences:
         ids, scores = pick(self.mean_scores()[None], self.train_ids, k)
         return ids[0], scores[0]
 
+    def _refuse_other_inputs(self, tests: Array, samples: Array) -> None:
+        """Refuse gradients and solutions that the scores of some pairs are not of.
+
+        Raises:
+            MissingStage: they changed since.
+        """
+        assert self._solved is not None
+        assert self._trained is not None
+        of_tests, of_samples = self._group.layout.grid.axes
+        for test, sample in itertools.product(set(tests // of_tests.band), set(samples // of_samples.band)):
+            block = self._group.layout.grid.block((int(test), int(sample)))
+            record = self._group.record(block)
+            solutions = self._solved.contents(covering(self._solved.layout.grid, block.bounds["test"]))
+            gradients = self._trained.contents(covering(self._trained.layout.grid, block.bounds["sample"]))
+            now = read_by_scores(block, solutions, gradients, self.curvature_samples, self.train_ids, self.test_ids)
+            if record is None or record.inputs != now:
+                raise MissingStage(
+                    "no scores by parameter: gradients or solutions in the cache are others than these scores are of: "
+                    "run the pipeline again"
+                )
+
     def _check_k(self, k: Any) -> None:
         whole = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
         if not whole or not 0 < k <= len(self.train_ids):
@@ -299,6 +368,36 @@ class Influences:
         if math.isnan(label):
             return None
         return int(label) if label.is_integer() else label
+
+
+def read_by_scores(
+    block: Block, solutions: bytes, gradients: bytes, curvature_samples: int, train_ids: Array, test_ids: Array
+) -> bytes:
+    """Return a digest of what a block of scores is of, given those of the blocks that it reads."""
+    tests, samples = block.bounds["test"], block.bounds["sample"]
+    return digest([solutions, gradients, curvature_samples.to_bytes(8, "little"), train_ids[samples], test_ids[tests]])
+
+
+def covering(grid: Grid, part: slice) -> Sequence[Block]:
+    """Return the blocks of a one-dimensional grid that cover a part of it."""
+    band = grid.axes[0].band
+    return [grid.block((i,)) for i in range(part.start // band, -(-part.stop // band))]
+
+
+def _positions(known: Array, ids: Sequence[int] | Array, of: str) -> Array:
+    """Return the positions of some ids.
+
+    Raises:
+        RequestError: an id is not known.
+    """
+    found = {int(one): position for position, one in enumerate(known)}
+    missing = [one for one in ids if int(one) not in found]
+    if missing or not len(ids):
+        what = f"{', '.join(map(str, missing[:10]))}{', …' * (len(missing) > 10)}" if missing else "none"
+        raise RequestError(
+            f"{of} samples: {what}; there are {len(known)}, with ids from {known.min()} to {known.max()}"
+        )
+    return np.array([found[int(one)] for one in ids], np.int64)
 
 
 def _whole_identity(cache: Cache, group: Group) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from influence_pipeline.errors import RequestError
-from stages.influence import AT_ONCE
+from stages.influence import columns_at_once
 
 DECODED_SHARD_BYTES = 256 * 2**20
 MOST_ROWS = 1024
@@ -127,7 +127,7 @@ def reads(
     fixed = 3 * 4 * test_rows * band
     fixed += 3 * 4 * read_rows * dim if computed else threads * (kept + kept + 4) * read_rows * tile
     per_column = 4 * test_rows
-    fixed += 2 * per_column * min(dim, AT_ONCE)  # of the solutions, while they are transposed
+    fixed += 2 * per_column * min(dim, columns_at_once(test_rows))  # of the solutions, while they are transposed
     columns = min(dim, (memory_bytes - fixed) // per_column)
     least = min(dim, 256)
     if columns < least:

@@ -19,15 +19,18 @@ from influence_pipeline.cache.encoding import round_trip
 from influence_pipeline.cache.record import digest
 from influence_pipeline.context import Context, sentinels
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
+from influence_pipeline.influences import covering, read_by_scores
 from influence_pipeline.plan import show_bytes
 from influence_pipeline.runner import DIGESTS, Work, pending
 from influence_pipeline.samples import DataSet, changed_samples
 from stages.device_batch import DeviceBatch
 from stages.grad_z import ComputedRows, GradZ, PerSample
+from stages.grad_z.choose import choosing_bytes
+from stages.grad_z.fidelity import probe_bytes, probes_within
 from stages.influence import AT_ONCE, Influence
 from stages.s_test import STest
 from stages.s_test.prepare import Prepare, probe_losses, probes
-from stages.stage import Array, ArrayLike, Block, Grid, StageError
+from stages.stage import Array, ArrayLike, Block, StageError
 
 log = logging.getLogger(__name__)
 
@@ -343,7 +346,11 @@ class Works:
 
         def needed(memory: int) -> int:
             batch, kept = context.batch_within("gradients", memory), context.few.kept("gradients", context.device)
-            return plan.gradients_memory(dim, rows, batch, itemsize, encoding) + min(batch, rows) * kept
+            gradients = plan.gradients_memory(dim, rows, batch, itemsize, encoding)
+            if context.function.projected:
+                gradients += probe_bytes(self._probes(memory), context.function.entries, itemsize)
+                kept += 2 * context.few.formed * itemsize
+            return max(gradients, choosing_bytes(context.function)) + min(batch, rows) * kept
 
         def before() -> None:
             _check_fixed(context.train)
@@ -366,7 +373,15 @@ class Works:
         return GradZ(
             *(context.function, context.train, rows, encoding, self._batch(context.memory)),
             functools.partial(round_trip, encoding=encoding) if self.settings.grad_z.store else None,
+            self._probes(context.memory),
         )
+
+    def _probes(self, memory_bytes: int) -> int:
+        """Return how many unprojected gradients are held while what projection loses is measured."""
+        function = self.context.function
+        if not (function.projected and self.settings.grad_z.store):
+            return 0
+        return probes_within(function.entries, function.dtype.itemsize, memory_bytes // 2)
 
     def _batch(self, memory_bytes: int) -> DeviceBatch:
         """Return the number of samples whose gradients are computed together, chosen when it is asked for."""
@@ -582,7 +597,7 @@ class Works:
         def of_tests(start: int, stop: int) -> bytes:
             if solved is None:
                 return digest([])
-            covered = _covering(solving.stage.grid, slice(start, stop))
+            covered = covering(solving.stage.grid, slice(start, stop))
             return solved.contents(covered, lambda one: solving.valid(solved, one))
 
         @functools.cache
@@ -592,7 +607,7 @@ class Works:
         def inputs(block: Block) -> bytes:
             tests, samples = block.bounds["test"], block.bounds["sample"]
             read = of_tests(tests.start, tests.stop), of_samples(samples.start, samples.stop)
-            return digest([*read, over.to_bytes(8, "little"), train_ids[samples], test_ids[tests]])
+            return read_by_scores(block, *read, over, train_ids, test_ids)
 
         def before() -> None:
             for read in self.read_by_influence([tests, *(str(other.tests) for other in beside)]):
@@ -628,7 +643,7 @@ class Works:
         group = self.find(self.grad_z_place())
         if group is None:
             return _Absent((len(context.train), context.dim)), lambda band: digest([]), False
-        return group.rows("gradients"), lambda band: group.contents(_covering(stage.grid, band)), False
+        return group.rows("gradients"), lambda band: group.contents(covering(stage.grid, band)), False
 
     def _memory(self, needed: Callable[[int], int], kinds: Sequence[str], what: str | None) -> int:
         """Return what is held at once; refuse what does not fit the memory.
@@ -679,12 +694,6 @@ class _Random:
     def __getitem__(self, index: tuple[slice, slice]) -> Array:
         rows, columns = index
         return self._first[rows, : columns.stop - columns.start].copy()
-
-
-def _covering(grid: Grid, part: slice) -> Sequence[Block]:
-    """Return the blocks of a one-dimensional grid that cover a part of it."""
-    band = grid.axes[0].band
-    return [grid.block((i,)) for i in range(part.start // band, -(-part.stop // band))]
 
 
 def committed(group: Group) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from stages import work
 from stages.batch import only_tensors, shapes, size, split
 from stages.device_batch import DeviceBatch, refuse_memory
 from stages.grad_z import loop, refuse_infinite
-from stages.grad_z.choose import advice, choose, naming, reason, relative_difference, tolerance
+from stages.grad_z.choose import PROBES, advice, choose, compared, naming, reason, relative_difference, tolerance
 from stages.grad_z.hooks import Hooks
 from stages.jacobian import Linearised, ggn_products, linearised
 from stages.parameters import ModelFunction, Parameters
@@ -36,10 +36,10 @@ Product = Callable[[Tensor], Tensor]
 """(T, D) -> (T, D), linear in every row."""
 Repeated = Callable[..., Tensor]
 """A product that takes a report, too."""
-PROBES = 8
-"""Samples on which two ways to the same products are compared."""
 UNITS = 64
 """Unit vectors that are multiplied together for a matrix that the Jacobian does not give."""
+BASIS_ENTRIES = 2**27
+"""Of all vectors of a Krylov space that are held at once."""
 KEPT_PART = 4
 """A Jacobian that is kept between products has one part in so many of the memory at most."""
 
@@ -339,14 +339,14 @@ class Curvature:
         That is ``vmap``, then layer hooks where these follow every parameter; hooks alone where they project.
         """
         tensors, join = split(batch)
-        few = join([tensor[:PROBES] for tensor in tensors])
+        few = join([tensor[: compared(self.function)] for tensor in tensors])
         expected = self._products(self._linear(few), 1, vectors_TD)
         most = tolerance(self.function, self.function.losses, few)
         hooks = choose(self.function, self.function.losses, few)
         ways = [hooks] if isinstance(hooks, Hooks) and hooks.names == frozenset(self.function.params) else []
         for way in ways if ways and self.function.projected else [None, *ways]:
             try:
-                found = ggn_products(self.function, few, vectors_TD, PROBES, way)
+                found = ggn_products(self.function, few, vectors_TD, self.few.samples_together(self.together), way)
             except Exception as error:  # noqa: BLE001 - vmap's refusals have many types; the linearisation is always right
                 refuse_memory(error)
                 log.info("products without the Jacobian by vmap, which cannot follow this model: %s", reason(error))
@@ -399,8 +399,15 @@ def _transposed(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[
 
 def random_signs(count: int, dim: int, like: Tensor, seed: int) -> Tensor:
     """Return vectors of entries ±1, (count, D), of the dtype and on the device of ``like``."""
+    return next(few_random_signs(count, dim, like, seed, count))
+
+
+def few_random_signs(count: int, dim: int, like: Tensor, seed: int, together: int) -> Iterator[Tensor]:
+    """Yield the same vectors, so many together, each part made when it is asked for."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (count, dim), generator=generator).to(like) * 2 - 1
+    for start in range(0, count, together):
+        shape = min(together, count - start), dim
+        yield torch.randint(0, 2, shape, generator=generator).to(like).mul_(2).sub_(1)
 
 
 def extreme_eigenvalues(product: Product, dim: int, like: Tensor, seed: int, steps: int = 24) -> tuple[float, float]:
@@ -414,7 +421,7 @@ def extreme_eigenvalues(product: Product, dim: int, like: Tensor, seed: int, ste
         dim: D.
         like: a tensor of the dtype and device to work with.
         seed: of the starting vector.
-        steps: products to use, at most D.
+        steps: products to use, at most D; and fewer, down to eight, where their vectors are beyond ``BASIS_ENTRIES``.
 
     Returns:
         (smallest, largest).
@@ -424,12 +431,11 @@ def extreme_eigenvalues(product: Product, dim: int, like: Tensor, seed: int, ste
     basis = [start / start.norm()]
     diagonal: list[float] = []
     off: list[float] = []
-    for _ in range(min(steps, dim)):
+    for _ in range(min(steps, dim, max(8, BASIS_ENTRIES // dim))):
         following = product(basis[-1].unsqueeze(0))[0]
         diagonal.append(float(following @ basis[-1]))
-        for _ in range(2):
-            known = torch.stack(basis)
-            following = following - known.T @ (known @ following)
+        for known in (*basis, *basis):
+            following -= (known @ following) * known
         norm = float(following.norm())
         if not norm > 1e-6 * max(map(abs, diagonal)):
             break

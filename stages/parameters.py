@@ -218,9 +218,9 @@ class ModelFunction:
         plain.coordinates = entries(self.params)
         return plain
 
-    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return the coordinates (…, D) of one tensor for each parameter, (…, *its shape)."""
-        return self.coordinates.project(values, self.dtype)
+    def flatten(self, values: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+        """Return the coordinates (…, D) of one tensor for each parameter, (…, *its shape), in ``out`` where given."""
+        return self.coordinates.project(values, self.dtype, out)
 
     def unflatten(self, vectors: Tensor) -> Parameters:
         """Return one tensor for each parameter, (…, *its shape), of its dtype, by the transpose of ``flatten``."""

@@ -32,7 +32,7 @@ MODULES = {
     "rows_further": ("further_tests",),
     "rows_s_test": ("lissa_32", "lissa_512"),
     "rows_machine": ("two_workers", "resume"),
-    "rows_memory": ("memory",),
+    "rows_memory": ("memory", "wide"),
     "rows_projection": (
         *("projection_identity", "projection_ggn", "projection_cost"),
         *("resnet_memory", "projected_memory"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stages.batch import size
 from stages.device_batch import DeviceBatch
-from stages.grad_z.choose import check_neighbours, choose, naming
+from stages.grad_z.choose import PROBES, check_neighbours, choose, naming
 from stages.grad_z.fidelity import OfEncoding, OfProjection, RoundTrip
 from stages.grad_z.technique import Technique, Values
 from stages.parameters import ModelFunction
@@ -36,8 +36,6 @@ from stages.stage import (
 )
 from stages.transfer import on_host
 
-PROBES = 8
-"""Samples on which techniques and neighbours are compared before the first block."""
 FIDELITY = (
     "Spearman's correlation with exact products, and the share of the top 100 that is the same, in the first block "
     "(NaN elsewhere): of products of gradients"
@@ -174,6 +172,7 @@ class GradZ(Stage):
         encoding: str,
         batch: DeviceBatch,
         round_trip: RoundTrip | None,
+        probes: int = 0,
     ) -> None:
         """Lay out the gradients of ``samples``.
 
@@ -185,9 +184,10 @@ class GradZ(Stage):
             batch: samples on the device at once.
             round_trip: gives gradients as they come back from where they are kept; None where they are not, and
                 nothing is measured of what that loses.
+            probes: how many gradients are held, unprojected, to measure what their projection loses.
         """
         self.per_sample = PerSample(function, function.losses, samples, batch)
-        self._round_trip = round_trip
+        self._round_trip, self._probes = round_trip, probes
         count, coordinates = len(samples), function.size
         self.grid = Grid((Axis("sample", count, block_rows),))
         self.arrays = (
@@ -227,11 +227,8 @@ class GradZ(Stage):
         ids, done = block.ids("sample"), 0
         function, figures = self.per_sample.function, {spec.name for spec in self.arrays if "figure" in spec.dims}
         kept = OfEncoding(self._round_trip) if self._round_trip and ids.start == 0 else None
-        projection = (
-            OfProjection(function, self.grid.axes[0].length)
-            if "projection_fidelity" in figures and ids.start == 0
-            else None
-        )
+        measuring = "projection_fidelity" in figures and ids.start == 0 and self._probes
+        projection = OfProjection(function, self._probes, self.grid.axes[0].length) if measuring else None
         for found, copy in on_host(self.per_sample.rows(ids), lambda rows: rows.grads):
             count, gradients = len(copy), copy.numpy()
             done += count

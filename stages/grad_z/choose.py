@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from stages.batch import only_tensors, shapes, size, take
+from stages.batch import only_tensors, part, shapes, size, take
 from stages.device_batch import refuse_memory
 from stages.grad_z import hooks, loop, vmap
 from stages.grad_z.technique import Technique, Values
@@ -24,6 +24,16 @@ T = TypeVar("T")
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest relative difference between two right ways of computing the same gradient; other dtypes 5 %."""
+
+PROBES = 8
+"""Samples on which two ways to the same gradients are compared: at most, and fewer where these have more than
+``PROBE_ENTRIES``, down to two."""
+PROBE_ENTRIES = 2**24
+FALLBACK = 2**22
+"""Entries up to which ``vmap`` is looked at, too, where layer hooks do everything: a batch that they cannot follow is
+seldom, and copies of so many parameters for each sample gain little."""
+AT_ONCE = 2**20
+"""Entries that are compared at once."""
 
 MOST = 0.5
 """Share of the coordinates that layer hooks must follow to be worth a second pass for the rest."""
@@ -77,14 +87,30 @@ def relative_difference(found: Tensor, expected: Tensor, largest: float = 0.0) -
     Infinite where the two are not finite at the same places: a sample that is NaN is for others to report, a
     sample that is NaN in one of two ways of computing it is a difference.
     """
-    finite = torch.isfinite(expected)
-    if not torch.equal(torch.isfinite(found), finite):
+    if found.shape != expected.shape:
         return float("inf")
-    found, expected = found[finite], expected[finite]
-    if not len(found):
-        return 0.0
-    largest = max(largest, float(expected.abs().max()), float(found.abs().max()))
-    return float((found - expected).abs().max()) / largest if largest else 0.0
+    difference = 0.0
+    for one, right in zip(_few_columns(found), _few_columns(expected), strict=True):
+        finite = torch.isfinite(right)
+        if not torch.equal(torch.isfinite(one), finite):
+            return float("inf")
+        if not finite.all():
+            one, right = one[finite], right[finite]
+        if one.numel():
+            largest = max(largest, float(right.abs().max()), float(one.abs().max()))
+            difference = max(difference, float((one - right).abs().max()))
+    return difference / largest if largest else 0.0
+
+
+def _few_columns(values: Tensor) -> tuple[Tensor, ...]:
+    """Cut an array into parts of its last dimension, so that little is held of what is computed of each."""
+    width = values.shape[-1]
+    return torch.split(values, max(1, AT_ONCE * width // max(1, values.numel())), dim=-1)
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest magnitude of finite entries."""
+    return max(float(torch.where(torch.isfinite(few), few, 0).abs().max()) for few in _few_columns(values))
 
 
 def advice(error: Exception) -> str:
@@ -196,6 +222,23 @@ def _causes(function: ModelFunction) -> str:
     )
 
 
+def compared(function: ModelFunction) -> int:
+    """Return on how many samples techniques are compared."""
+    return max(2, min(PROBES, PROBE_ENTRIES // function.entries))
+
+
+def choosing_bytes(function: ModelFunction) -> int:
+    """Return what choosing holds at once, at most: coordinates by two ways, and what is formed on the way to them.
+
+    That is one gradient by the loop; for all samples what is projected by hooks; or two copies of all by ``vmap``.
+    """
+    count, entries = compared(function), function.entries
+    known = {name for owner in hooks.owners(function) for name in owner.names.values()}
+    by_vmap = 2 * count * entries if entries <= FALLBACK or not known >= set(function.params) else 0
+    by_hooks = count * hooks.formed(function) if function.projected else 0
+    return (2 * count * function.size + max(entries, by_hooks, by_vmap)) * function.dtype.itemsize
+
+
 def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     """Return the fastest technique that gives what the one-sample loop gives on this batch.
 
@@ -205,7 +248,7 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     Args:
         function: the model.
         values: what is differentiated.
-        batch: a few samples; all ways are computed on all of them.
+        batch: a few samples; all ways are computed on all of them, or the first :func:`compared`.
 
     Returns:
         The technique to use for every batch.
@@ -213,12 +256,15 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     Raises:
         StageError: the loss is not of a kind that has gradients for each sample.
     """
+    batch = part(batch, slice(0, compared(function)))
     with naming(f"in the gradients of a batch of {shapes(batch)}"):
         expected_BD, _ = loop.gradients(function, values, batch)
         most = tolerance(function, values, batch)
     names, shared = _followed(function, values, batch, expected_BD, most)
     rest = ", ".join(name for name in function.params if name not in names)
-    other = _whole(function, values, batch, expected_BD, most, logging.INFO if rest else logging.DEBUG)
+    other: Technique = loop.gradients
+    if rest or function.entries <= FALLBACK:
+        other = _whole(function, values, batch, expected_BD, most, logging.INFO if rest else logging.DEBUG)
     how = "by vmap" if other is vmap.gradients else "one sample at a time"
     few = sum(function.params[name].numel() for name in names) < MOST * function.entries
     if few or (rest and other is vmap.gradients and function.entries < SECOND_PASS):
@@ -272,12 +318,12 @@ def _right(
         return frozenset()
     found_BD, _, unfit = attempt
     # Relative to the largest entry of all, since a parameter's own gradient may be nothing but rounding.
-    largest = float(torch.where(torch.isfinite(expected_BD), expected_BD, 0).abs().max())
+    largest = _largest(expected_BD)
     columns = function.coordinates.columns
 
     def agrees(name: str) -> bool:
-        part = columns[name]
-        return relative_difference(found_BD[:, part], expected_BD[:, part], largest) <= most
+        own = columns[name]
+        return relative_difference(found_BD[:, own], expected_BD[:, own], largest) <= most
 
     return frozenset(name for name in names - unfit if agrees(name))
 

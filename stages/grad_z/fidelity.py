@@ -83,42 +83,68 @@ class OfProjection(Comparison):
     Unprojected gradients are computed for this alone, one sample at a time.
     """
 
-    def __init__(self, function: ModelFunction, samples: int) -> None:
-        """Compare nothing yet; ``function`` projects, and there are so many training samples."""
+    def __init__(self, function: ModelFunction, probes: int, samples: int) -> None:
+        """Compare nothing yet.
+
+        Args:
+            function: projects.
+            probes: unprojected gradients that are held.
+            samples: training samples in all.
+        """
         super().__init__()
-        self._function = function.unprojected()
-        self._left = max(FEW, min(ROWS, samples // SHARE))
-        self._waiting: list[tuple[Tensor, Tensor]] = []
-        self._probes: tuple[Tensor, Tensor] | None = None
+        self._function, self._left = function, max(FEW, min(ROWS, samples // SHARE))
+        dtype, device = function.dtype, function.device
+        sizes = {name: parameter.numel() for name, parameter in function.params.items()}
+        self._exact_Pn = {name: torch.empty(probes, size, dtype=dtype, device=device) for name, size in sizes.items()}
+        self._projected_PD = torch.empty(probes, function.size, dtype=dtype, device=device)
+        self._known = 0
 
     def take(self, batch: Batch, projected_BD: Tensor) -> None:
         """Take the next samples with their projected gradients."""
         for index in range(min(self._left, len(projected_BD))):
-            exact_1P, _ = loop.gradients(self._function, self._function.losses, take(batch, index))
-            self._waiting.append((exact_1P, projected_BD[index : index + 1]))
             self._left -= 1
-            if self._probes is not None or len(self._waiting) == _probes(self._function.size):
-                self._multiply()
+            found, _ = loop.gradient(self._function, self._function.losses, take(batch, index))
+            flat = {name: part.reshape(-1).to(self._function.dtype) for name, part in found.items()}
+            if self._known < len(self._projected_PD):
+                for name, part in flat.items():
+                    self._exact_Pn[name][self._known] = part
+                self._projected_PD[self._known] = projected_BD[index]
+                self._known += 1
+                if self._known == len(self._projected_PD):
+                    self._of_probes()
+            else:
+                exact_nP = torch.stack([self._exact_Pn[name] @ part for name, part in flat.items()]).sum(
+                    0, keepdim=True
+                )
+                self._add(exact_nP, projected_BD[index : index + 1])
+            del found, flat
 
     def figures(self) -> Array:
         """Return Spearman's correlation and the share of the top that is the same, as all comparisons do."""
-        if self._waiting:
-            self._multiply()
+        if self._known < len(self._projected_PD):
+            self._of_probes()
         return super().figures()
 
-    def _multiply(self) -> None:
-        """Compare the rows that wait; the first to do so are the probes."""
-        exact, become = (torch.cat(rows) for rows in zip(*self._waiting, strict=True))
-        self._waiting.clear()
-        if self._probes is None:
-            self._probes = exact, become
-        pairs = zip((exact, become), self._probes, strict=True)
-        self.add(*((rows @ probes.T).float().cpu().numpy() for rows, probes in pairs))
+    def _of_probes(self) -> None:
+        """Compare the rows that are the probes."""
+        known = slice(0, self._known)
+        exact_PP = torch.stack([part[known] @ part[known].T for part in self._exact_Pn.values()]).sum(0)
+        self._add(exact_PP, self._projected_PD[known])
+
+    def _add(self, exact_nP: Tensor, projected_nD: Tensor) -> None:
+        projected_nP = projected_nD @ self._projected_PD[: exact_nP.shape[1]].T
+        self.add(*(products.float().cpu().numpy() for products in (exact_nP, projected_nP)))
 
 
-def probe_bytes(entries: int, itemsize: int) -> int:
+def probes_within(entries: int, itemsize: int, memory_bytes: int) -> int:
+    """Return how many gradients of so many entries stand for solutions where there is so much memory; perhaps none."""
+    fits = memory_bytes // (entries * itemsize) - 1
+    return max(0, min(_probes(entries), fits))
+
+
+def probe_bytes(probes: int, entries: int, itemsize: int) -> int:
     """Return what comparing projected gradients with exact ones of so many entries holds at once."""
-    return (2 * _probes(entries) + 3) * entries * itemsize
+    return (probes + 1) * entries * itemsize if probes else 0
 
 
 def _probes(entries: int) -> int:

@@ -30,8 +30,9 @@ from stages.stage import (
 if TYPE_CHECKING:
     import torch
 
-AT_ONCE = 2**13
-"""Columns of vectors that are read at once."""
+AT_ONCE = 2**21
+"""Entries of vectors that are read at once: as many as a tile of them has, so that few tiles are decoded twice."""
+LEAST_COLUMNS = 2**13
 
 
 class Influence(Stage):
@@ -268,13 +269,19 @@ class Influence(Stage):
         }
 
 
+def columns_at_once(tests: int) -> int:
+    """Return how many columns of so many vectors are read at once."""
+    return max(LEAST_COLUMNS, AT_ONCE // max(1, tests))
+
+
 def _transposed(vectors: ArrayLike, rows: slice, columns: slice) -> torch.Tensor:
     """Return a part of some vectors, (columns, rows), read a few columns at a time."""
     import torch
 
     found = torch.empty(columns.stop - columns.start, rows.stop - rows.start)
-    for start in range(columns.start, columns.stop, AT_ONCE):
-        part = slice(start, min(start + AT_ONCE, columns.stop))
+    step = columns_at_once(rows.stop - rows.start)
+    for start in range(columns.start, columns.stop, step):
+        part = slice(start, min(start + step, columns.stop))
         read = torch.from_numpy(np.asarray(vectors[rows, part]))
         found[start - columns.start : part.stop - columns.start] = read.T
     return found

@@ -84,7 +84,8 @@ class STest(Stage):
     def _fixed_bytes(self) -> int:
         """The block's solutions so far; and what products take, or before them the gradients of a batch."""
         solutions = 4 * self.curvature.dim * min(self.grid.axes[0].band, self.grid.axes[0].length)
-        gradients = 2 * self._vector_bytes + self.curvature.few.kept("gradients", self.curvature.function.device)
+        few, function = self.curvature.few, self.curvature.function
+        gradients = 2 * few.formed * function.dtype.itemsize + few.kept("gradients", function.device)
         products = self.solver.fixed_bytes(self.curvature)
         return solutions + max(products, gradients * self.per_sample.batch.size)
 
@@ -99,8 +100,11 @@ class STest(Stage):
         return max(1, (self.memory_bytes - self._fixed_bytes) // row)
 
     def held_bytes(self, rows: int) -> int:
-        """Return what solving for some test samples holds at once, at most."""
-        return self._fixed_bytes + self.solver.state_vectors * self._vector_bytes * rows
+        """Return what solving for some test samples holds at once, at most, or looking at them before."""
+        from stages.grad_z.choose import choosing_bytes
+
+        solving = self._fixed_bytes + self.solver.state_vectors * self._vector_bytes * rows
+        return max(solving, choosing_bytes(self.curvature.function))
 
     def prepare(self, report: Report = silent) -> None:
         """Check model and test data."""

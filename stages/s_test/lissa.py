@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 SCALE_BATCHES = 8
 """Minibatches whose largest eigenvalue is measured for ``scale = "auto"``."""
+EIGENVALUE_STEPS = 12
+"""Products for each of these eigenvalues."""
 SCALE_MARGIN = 1.25
 """Other minibatches may have larger eigenvalues than these, and Lanczos' estimate is from below."""
 LARGEST_AUTO_DEPTH = 50_000
@@ -80,6 +82,10 @@ class Lissa(CurvatureSolver):
         basis = super().preparation() or {}
         return {**basis, "batch_size": self.batch_size} if self.scale == "auto" else basis
 
+    def preparing_vectors(self, curvature: Curvature) -> int:
+        """Return those of the probes, or of the search for the largest eigenvalue."""
+        return max(super().preparing_vectors(curvature), EIGENVALUE_STEPS + 4 if self.scale == "auto" else 0)
+
     def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
         """Measure, beside the rest, the largest eigenvalue over some minibatches."""
         found = super().summary(curvature, prepared, report)
@@ -95,7 +101,9 @@ class Lissa(CurvatureSolver):
         with closing(curvature.samples.stream(drawn)) as batches:
             for batch in batches:
                 product = curvature.on(batch)
-                smallest, biggest = extreme_eigenvalues(product, curvature.dim, curvature.l2, self.seed, steps=12)
+                smallest, biggest = extreme_eigenvalues(
+                    product, curvature.dim, curvature.l2, self.seed, EIGENVALUE_STEPS
+                )
                 largest = max(largest, biggest, -smallest)
         return largest
 

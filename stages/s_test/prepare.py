@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.s_test.solver import PROBES, Solver
+from stages.s_test.solver import Solver
 from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Report, Samples, Stage, silent
 
 if TYPE_CHECKING:
@@ -60,10 +59,12 @@ class Prepare(Stage):
 
     @property
     def held_bytes(self) -> int:
-        """What the sums over a part take at once, at most, or adding them up."""
+        """What the sums over a part take at once, at most, or adding them up; or looking at samples before."""
+        from stages.grad_z.choose import choosing_bytes
+
         row = self.curvature.dim * self.curvature.function.dtype.itemsize
-        summed = sum(8 * math.prod(shape) for shape in self.solver.sum_shapes(self.curvature.dim).values())
-        return 6 * row * PROBES + 3 * summed + self.curvature.product_bytes
+        summing = row * self.solver.preparing_vectors(self.curvature) + self.solver.summing_bytes(self.curvature)
+        return max(summing, choosing_bytes(self.curvature.function))
 
     def prepare(self, report: Report = silent) -> None:
         """Check model and training data."""

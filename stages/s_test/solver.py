@@ -9,6 +9,7 @@ Shapes: ``T`` test samples, ``D`` coordinates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -41,6 +42,8 @@ Damping = Annotated[
 Prepared = Mapping[str, ArrayLike]
 PROBES = 32
 """Random vectors by which the mean eigenvalue of H is estimated."""
+PROBE_VECTORS = 6
+"""Vectors that are held for each of them that is multiplied by H."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,15 @@ class Solver(BaseModel):
             report: of progress.
         """
         return {}
+
+    def summing_bytes(self, curvature: Curvature) -> int:
+        """Return what preparing holds beside its vectors: sums over a part while they are added up, and products."""
+        summed = sum(8 * math.prod(shape) for shape in self.sum_shapes(curvature.dim).values())
+        return 3 * summed + curvature.product_bytes
+
+    def preparing_vectors(self, curvature: Curvature) -> int:
+        """Return how many vectors of D floats preparing holds at once."""
+        return 0
 
     def fixed_bytes(self, curvature: Curvature) -> int:
         """Return what it holds beside its vectors."""
@@ -162,12 +174,14 @@ class CurvatureSolver(Solver):
 
     def sums(self, curvature: Curvature, ids: Sequence[int], report: Report) -> dict[str, Array]:
         """Sum gradients and, where they are wanted, quadratic forms of probes."""
-        from stages.curvature import random_signs
+        import torch
+
+        from stages.curvature import few_random_signs
 
         found = {"gradient_sum": curvature.gradient_sum(ids, report)}
         if "probe_sum" in self.sum_shapes(curvature.dim):
-            signs = random_signs(PROBES, curvature.dim, curvature.l2, self.seed)
-            found["probe_sum"] = curvature.forms(signs, ids, report)
+            signs = few_random_signs(PROBES, curvature.dim, curvature.l2, self.seed, self.probes_together(curvature))
+            found["probe_sum"] = torch.cat([curvature.forms(few, ids, report) for few in signs])
         return {name: value.cpu().numpy() for name, value in found.items()}
 
     def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
@@ -179,6 +193,16 @@ class CurvatureSolver(Solver):
         if "probe_sum" in prepared:
             found["mean_eigenvalue"] = curvature.mean_eigenvalue(torch.from_numpy(prepared["probe_sum"][:]))
         return {name: np.asarray(value) for name, value in found.items()}
+
+    def probes_together(self, curvature: Curvature) -> int:
+        """Return how many probes share a pass over the training set: as many as the memory has room for."""
+        left = curvature.memory_bytes - self.summing_bytes(curvature)
+        return max(1, min(PROBES, left // (PROBE_VECTORS * curvature.dim * curvature.function.dtype.itemsize)))
+
+    def preparing_vectors(self, curvature: Curvature) -> int:
+        """Return the vectors of probes, where there are any."""
+        wanted = "probe_sum" in self.sum_shapes(curvature.dim)
+        return PROBE_VECTORS * self.probes_together(curvature) if wanted else 2 * PROBE_VECTORS
 
     def fixed_bytes(self, curvature: Curvature) -> int:
         """Return what products with H take."""

@@ -18,6 +18,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import influence_pipeline as ip
+from stages.device_batch import DeviceBatch
+from stages.grad_z import PerSample
+from stages.grad_z.choose import choosing_bytes
 
 CLEAR = Path("/proc/self/clear_refs")
 
@@ -59,10 +62,48 @@ def deep(folder: Path, samples: int) -> ip.Pipeline:
     return ip.Pipeline(ip.Experiment(model.eval(), ip.Classification(), data, {"few": data}), folder, settings)
 
 
+class Table(nn.Module):
+    """A mean of looked-up rows and a layer on it: of many parameters, a sample's gradient is nearly all zeros."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.head = nn.Embedding(rows, 100), nn.Linear(100, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rows(x).mean(1))
+
+
+def table(folder: Path, rows: int, memory: str) -> ip.Pipeline:
+    """Make a pipeline of a table of 100 columns."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randint(0, rows, (8, 5)), torch.arange(8) % 2)
+    solver = {"solver": "cg", "max_iterations": 2, "tolerance": 0.9}
+    runtime = {"device": "cpu", "progress": False, "memory": memory}
+    experiment = ip.Experiment(Table(rows).eval(), ip.Classification(), data, {"few": TensorDataset(*data[:1])})
+    return ip.Pipeline(experiment, folder, ip.Settings(s_test=solver, influence={"top_k": 1}, runtime=runtime))
+
+
+def choosing(folder: Path, rows: int) -> tuple[int, int]:
+    """Return the peak of finding out how gradients are computed, and what is predicted of it."""
+    context = table(folder, rows, "2 GiB")._works.context
+    function = context.function
+    per_sample = PerSample(function, function.losses, context.train, DeviceBatch(1))
+    with context.evaluating():
+        return peak(per_sample.check), choosing_bytes(function)
+
+
 def measure(stage: str, folder: Path) -> tuple[int, int]:
     """Return the peak of a stage above what libraries, model and data take; and what the plan says."""
     if stage == "s_test":
         return solving(folder)
+    if stage == "choosing":
+        choosing(folder / "first", 100)
+        return choosing(folder / "wanted", 120_000)
+    if stage == "probes":
+        table(folder / "first", 100, "2 GiB").s_test("few")
+        wanted = table(folder / "wanted", 40_000, "640 MiB")
+        predicted = wanted.plan("few")["curvature"].memory_bytes
+        return peak(lambda: wanted.s_test("few")), predicted
     if stage == "activations":
         deep(folder / "first", 4).grad_z()
         wanted = deep(folder / "wanted", 128)
@@ -98,7 +139,7 @@ def solving(folder: Path) -> tuple[int, int]:
     not (os.access(CLEAR, os.W_OK) and hasattr(ctypes.CDLL(None), "malloc_trim")),
     reason="no peak of memory to be asked for here",
 )
-@pytest.mark.parametrize("stage", ["grad_z", "activations", "s_test", "influence"])
+@pytest.mark.parametrize("stage", ["grad_z", "activations", "choosing", "probes", "s_test", "influence"])
 def test_a_stage_holds_what_the_plan_says(tmp_path: Path, stage: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(ip.__file__).parents[1])}
     command = [sys.executable, __file__, stage, str(tmp_path)]

@@ -18,7 +18,7 @@ def test_all_rows_print(tmp_path: Path) -> None:
     printed = {line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]}
     expected = {
         *("grad_z_loop", "grad_z_computing", "influence_cold_8", "influence_cold_64", "influence_warm"),
-        *("further_tests", "lissa_32", "lissa_512", "two_workers", "resume", "memory", "nothing_to_do"),
+        *("further_tests", "lissa_32", "lissa_512", "two_workers", "resume", "memory", "wide", "nothing_to_do"),
     }
     assert printed == expected
     rows = json.loads(figures.read_text())["rows"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stages import curvature as curvature_module
 from stages import work
-from stages.curvature import KEPT_PART, extreme_eigenvalues, random_signs
+from stages.curvature import KEPT_PART, extreme_eigenvalues, few_random_signs, random_signs
 from stages.jacobian import ggn_products
 from stages.parameters import evaluating
 from stages.stage import Progress
@@ -403,6 +403,9 @@ def test_the_mean_eigenvalue_is_the_mean_of_quadratic_forms_and_near_trace_over_
 def test_random_signs_depend_on_the_seed_and_have_the_type_of_what_they_are_like() -> None:
     like = torch.zeros((), dtype=torch.float64)
     first, again, other = (random_signs(3, 20, like, seed) for seed in (0, 0, 1))
+    some = list(few_random_signs(3, 20, like, 0, together=2))
+    assert [len(part) for part in some] == [2, 1]
+    torch.testing.assert_close(torch.cat(some), first, rtol=0, atol=0)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.dtype == torch.float64

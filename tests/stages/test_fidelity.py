@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from influence_pipeline.cache.encoding import round_trip
-from stages.grad_z.fidelity import OfEncoding, spearman
+from stages.grad_z.fidelity import PROBES, OfEncoding, probe_bytes, probes_within, spearman
 from stages.stage import Array
 
 
@@ -60,3 +60,12 @@ def test_few_gradients_tell_nothing() -> None:
     fidelity = OfEncoding(lambda rows: rows)
     fidelity.take(gradients(9))
     assert np.isnan(fidelity.figures()).all()
+
+
+def test_as_many_unprojected_gradients_are_held_as_there_is_memory_for() -> None:
+    assert probes_within(1000, 4, 2**20) == PROBES
+    assert probes_within(10**8, 4, 2**30) == 1
+    assert probes_within(10**8, 4, 2**29) == 0
+    assert probe_bytes(0, 10**8, 4) == 0
+    for entries in (10**5, 10**6, 10**8):
+        assert probe_bytes(probes_within(entries, 4, 2**24), entries, 4) <= 2**24

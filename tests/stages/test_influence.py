@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from stages.influence import Influence
+from stages.influence import Influence, _transposed, columns_at_once
 from stages.influence.ranking import NO_ID, bottom_k, top_k
 from stages.stage import ArraySpec, StageError
 from tests import oracles
@@ -241,3 +241,20 @@ def test_a_part_with_fewer_samples_than_ranks_is_filled_up_with_what_never_wins(
     for name in ("helpful", "harmful"):
         assert (found[f"{name}_ids"] >= 0).all()
         assert np.isfinite(found[f"{name}_scores"]).all()
+
+
+def test_few_wide_solutions_are_read_a_tile_at_a_time() -> None:
+    """A tile of two rows has a million columns: to read it for each eight thousand is to decode it 128 times."""
+    reads: list[slice] = []
+
+    class Counted:
+        shape = (2, 3 * 2**20)
+
+        def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+            reads.append(index[1])
+            return np.ones((2, index[1].stop - index[1].start), np.float32)
+
+    assert _transposed(Counted(), slice(0, 2), slice(5, 3 * 2**20)).shape == (3 * 2**20 - 5, 2)
+    assert len(reads) == 3
+    assert max(part.stop - part.start for part in reads) == columns_at_once(2) == 2**20
+    assert columns_at_once(1024) == 2**13

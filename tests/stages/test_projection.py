@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages.coordinates import Coordinates, Entries, Kronecker, projected
+from stages.coordinates import Coordinates, Entries, Kronecker, _side, projected
 from stages.device_batch import DeviceBatch
 from stages.grad_z import PerSample, hooks, layers
 from stages.parameters import ModelFunction
@@ -111,6 +111,17 @@ def test_a_side_that_is_kept_whole_is_not_touched() -> None:
     kept = coordinates.maps["weight"]
     assert isinstance(kept, Kronecker)
     assert (kept.left is None) != (kept.right is None)
+
+
+@pytest.mark.parametrize(("full", "kept"), [(5000, 2), (640, 37), (128, 64)])
+def test_a_tall_side_is_the_same_made_with_little_memory(full: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _side(full, kept, 7, torch.float64, torch.device("cpu"))
+    monkeypatch.setattr("stages.coordinates.TILE", 2000)
+    tiled = _side(full, kept, 7, torch.float64, torch.device("cpu"))
+    assert whole is not None
+    assert tiled is not None
+    torch.testing.assert_close(tiled, whole, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(tiled @ tiled.T, full / kept * torch.eye(kept, dtype=torch.float64), **EXACT)
 
 
 @pytest.mark.parametrize(
