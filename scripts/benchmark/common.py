@@ -122,9 +122,9 @@ class Side:
 
 
 def alternate(bench: Bench, *sides: Side) -> list[float]:
-    """Return the median seconds of each side, measured in turn after one round that is not counted."""
+    """Return the median seconds of each side, measured in turn; after one round that is not counted, unless for a look."""
     seconds: list[list[float]] = [[] for _ in sides]
-    for number in range(bench.repeats + 1):
+    for number in range(bench.quick, bench.repeats + 1):
         for side, found in zip(sides, seconds, strict=True):
             side.prepare()
             gc.collect()

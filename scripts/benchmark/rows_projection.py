@@ -117,8 +117,8 @@ def run_of_resnet(folder: Path, samples: int, dim: int) -> dict[str, int]:
     )
     sections = {
         "grad_z": {"projection": {"dim": dim} if dim else None},
-        "s_test": {"solver": "cg", "damping": 1.0, "sample": 32, "max_iterations": 5, "tolerance": 0.1},
-        "influence": {"top_k": 100},
+        "s_test": {"solver": "cg", "damping": 1.0, "sample": min(32, samples), "max_iterations": 5, "tolerance": 0.1},
+        "influence": {"top_k": min(100, samples)},
         "runtime": {"memory": MEMORY},
     }
     pipeline = ip.Pipeline(experiment, folder, workload.settings(**sections))
