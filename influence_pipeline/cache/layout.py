@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -234,12 +235,19 @@ def sealed(path: Path) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
         described = json.loads(raw)
-        fits = described["attributes"]["checksum"] == _checksum(described) and raw == _written(described)
+        fits = _fits(raw)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheDamaged(f"{path} cannot be read ({type(error).__name__}: {error}); a run mends it") from error
     if not fits:
         raise CacheDamaged(f"{path} is damaged (its checksum does not fit); a run mends it")
     return dict(described)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fits(raw: bytes) -> bool:
+    """Say whether the bytes of a zarr.json are those that were sealed; each is worked out once."""
+    described = json.loads(raw)
+    return bool(described["attributes"]["checksum"] == _checksum(described)) and raw == _written(described)
 
 
 def _written(described: dict[str, Any]) -> bytes:

@@ -122,7 +122,7 @@ class Side:
 
 
 def alternate(bench: Bench, *sides: Side) -> list[float]:
-    """Return the median seconds of each side, measured in turn; unless for a look, after a round that is not counted."""
+    """Return the median seconds of each side, in turn; but for a look, after a round that is not counted."""
     seconds: list[list[float]] = [[] for _ in sides]
     for number in range(bench.quick, bench.repeats + 1):
         for side, found in zip(sides, seconds, strict=True):

@@ -1,7 +1,7 @@
 """Projected gradients: what scores keep by them, what they cost, and that models of real size fit the memory.
 
-As a program, ``python rows_projection.py FOLDER SAMPLES DIM`` makes a run of a ResNet-18 and prints its peak of memory;
-0 for DIM keeps the gradients of all 11 million parameters.
+As a program, ``python rows_projection.py FOLDER SAMPLES DIM WIDTH`` makes a run of a ResNet-18 and prints its peak of
+memory; 0 for DIM keeps the gradients of all parameters, 11 million for the usual WIDTH of 64.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from stages.grad_z.fidelity import spearman
 DIM = 4096
 DAMPING = 0.1
 MEMORY = 2 * 2**30
+WIDTH = 64
+"""Channels of a ResNet-18 in the first of its four layers."""
 
 
 def scores(bench: Bench, projection: dict[str, object] | None, solver: dict[str, object]) -> np.ndarray:
@@ -46,7 +48,7 @@ def kept(bench: Bench, name: str, solver: dict[str, object], bar: float) -> Row:
     means = {kind: float(np.mean(values)) for kind, values in found.items()}
     least = {kind: f"least test {min(values):.3f}" for kind, values in found.items()}
     return Row(
-        *(name, f"Spearman of {solver['solver']}'s scores by test, small CNN projected to {DIM}", "not projected"),
+        *(name, f"Spearman of scores by test, {solver}, small CNN projected to {DIM}", "not projected"),
         *(1.0, means["kronecker"], "", bar),
         note=f"{least['kronecker']}; sparse {means['sparse']:.3f}, {least['sparse']}",
     )
@@ -58,7 +60,7 @@ def identity(bench: Bench) -> Row:
 
 def ggn(bench: Bench) -> Row:
     solver = {"solver": "cg", "curvature": "ggn", "damping": DAMPING, "tolerance": 1e-3}
-    return kept(bench, f"projection_ggn, λ = {DAMPING}", solver, 0.92)
+    return kept(bench, "projection_ggn", solver, 0.92)
 
 
 def passes(model: nn.Module, data: TensorDataset) -> Side:
@@ -84,10 +86,10 @@ def projected(bench: Bench, model: nn.Module, data: TensorDataset) -> Side:
     return Side(lambda: pipeline.grad_z(), prepare)
 
 
-def resnet() -> nn.Module:
+def resnet(width: int = WIDTH) -> nn.Module:
     """Return a ResNet-18 with random weights whose normalisation is that of the data."""
     torch.manual_seed(0)
-    model = ResNet18()
+    model = ResNet18(width=width)
     with torch.no_grad():
         for part in workload.images(256, 3, 16)[0].split(64):
             model(part)
@@ -97,7 +99,7 @@ def resnet() -> nn.Module:
 def cost(bench: Bench) -> Row:
     count = bench.size(512, 16)
     data = TensorDataset(*workload.images(count, 3, bench.size(32, 16)))
-    model = resnet()
+    model = resnet(bench.size(WIDTH, 4))
     ours, theirs = alternate(bench, projected(bench, model, data), passes(model, data))
     small = TensorDataset(*workload.images(bench.size(4096, 64)))
     of_small = alternate(bench, projected(bench, workload.trained_cnn(), small), passes(workload.trained_cnn(), small))
@@ -108,11 +110,11 @@ def cost(bench: Bench) -> Row:
     )
 
 
-def run_of_resnet(folder: Path, samples: int, dim: int) -> dict[str, int]:
+def run_of_resnet(folder: Path, samples: int, dim: int, width: int) -> dict[str, int]:
     """Run all stages; return the peak of the bytes in memory above model, data and libraries, bytes and files."""
     inputs, labels = workload.images(512, 3, 16)
     experiment = ip.Experiment(
-        *(resnet(), workload.TASK, workload.Repeated(inputs, labels, samples)),
+        *(resnet(width), workload.TASK, workload.Repeated(inputs, labels, samples)),
         {"holdout": TensorDataset(inputs[:8] + 0.01, labels[:8])},
     )
     sections = {
@@ -133,6 +135,7 @@ def run_of_resnet(folder: Path, samples: int, dim: int) -> dict[str, int]:
 def within(bench: Bench, name: str, samples: int, dim: int) -> Row:
     """Return the peak of memory against what was given."""
     command = [sys.executable, __file__, str(bench.fresh("resnet")), str(samples), str(dim)]
+    command.append(str(bench.size(WIDTH, 4)))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -154,7 +157,7 @@ def whole_resnet(bench: Bench) -> Row:
 
 
 def projected_resnet(bench: Bench) -> Row:
-    return within(bench, "projected_memory", bench.size(20_000, 64), DIM)
+    return within(bench, "projected_memory", bench.size(20_000, 64), bench.size(DIM, 256))
 
 
 ROWS = {
@@ -166,4 +169,4 @@ ROWS = {
 }
 
 if __name__ == "__main__":
-    print(json.dumps(run_of_resnet(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(run_of_resnet(Path(sys.argv[1]), *map(int, sys.argv[2:]))))
