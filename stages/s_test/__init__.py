@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from stages.device_batch import DeviceBatch
 
 
+SPARE = 8
+"""One part in so many of the memory is left to what the heap keeps of what stages before have freed."""
+
+
 def solvers() -> dict[str, type[Solver]]:
     """Return the settings class of every solver, by the solver's name."""
     found: dict[str, type[Solver]] = {}
@@ -97,7 +101,7 @@ class STest(Stage):
     def rows_at_once(self) -> int:
         """Test samples that are solved for together."""
         row = self.solver.state_vectors * self._vector_bytes
-        return max(1, (self.memory_bytes - self._fixed_bytes) // row)
+        return max(1, (self.memory_bytes - self.memory_bytes // SPARE - self._fixed_bytes) // row)
 
     def held_bytes(self, rows: int) -> int:
         """Return what solving for some test samples holds at once, at most, or looking at them before."""

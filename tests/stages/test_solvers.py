@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from stages.curvature import Curvature, random_signs
 from stages.device_batch import DeviceBatch
 from stages.projection import Projection
-from stages.s_test import STest, solvers
+from stages.s_test import SPARE, STest, solvers
 from stages.s_test.cg import Cg, conjugate_gradients
 from stages.s_test.exact import Exact
 from stages.s_test.identity import Identity
@@ -556,7 +557,8 @@ def test_the_stage_solves_for_each_sample_of_its_block_however_many_fit_at_once(
     curvature = case.curvature("ggn", 64)
     prepared = oracles.prepared(solver, curvature)
     memory = solver.fixed_bytes(curvature) + 7 * 43 * 4 + rows_at_once * solver.state_vectors * 43 * 8
-    stage = STest(solver, curvature, prepared, case.data, 7, DeviceBatch(2), memory)
+    given = math.ceil(memory * SPARE / (SPARE - 1))
+    stage = STest(solver, curvature, prepared, case.data, 7, DeviceBatch(2), given)
     assert stage.rows_at_once == rows_at_once
     assert stage.held_bytes(rows_at_once) == memory
     stage.prepare()
