@@ -1,7 +1,7 @@
 """Projected gradients: what scores keep by them, what they cost, and that models of real size fit the memory.
 
-As a program, ``python rows_projection.py FOLDER SAMPLES DIM WIDTH`` (with the checkout on ``PYTHONPATH``) makes a run of
-a ResNet-18 and prints its peak of memory; 0 for DIM keeps the gradients of all parameters, 11 million for the usual
+As a program, ``python rows_projection.py FOLDER SAMPLES DIM WIDTH`` (with the checkout on ``PYTHONPATH``) makes a run
+of a ResNet-18 and prints its peak of memory; 0 for DIM keeps the gradients of all parameters, 11 million for the usual
 WIDTH of 64.
 """
 
