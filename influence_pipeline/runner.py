@@ -310,17 +310,8 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
     if not missing and group.finished:
         return Outcome(0, len(work.stage.grid), time.monotonic() - began)
     log.info("%s: %d of %d blocks to compute, into %s", work.label, len(missing), len(work.stage.grid), group.path)
-    if missing:
-        work.memory()
     tries: Counter[tuple[int, ...]] = Counter()
-    _give_back()
-    with (
-        _threads(runtime.workers),
-        _named_errors(work.label),
-        _interrupted_once(),
-        work.computing(),
-        _Bar(work, missing, runtime.progress) as bar,
-    ):
+    with _computing(work, missing, runtime) as bar:
         while missing:
             now = room(missing)
             if runtime.workers == 1 or len(now) < 2:
@@ -355,17 +346,8 @@ def measure(work: Work, group: Group, runtime: RuntimeSettings, room: Room) -> O
     missing = pending(work, group)
     if not missing and group.finished:
         return Outcome(0, len(work.stage.grid), time.monotonic() - began)
-    work.memory()
-    _give_back()
     blocks: list[tuple[int, float]] = []
-    with (
-        _threads(runtime.workers),
-        _named_errors(work.label),
-        _interrupted_once(),
-        work.computing(),
-        _Bar(work, missing, runtime.progress) as bar,
-        peak() as most,
-    ):
+    with _computing(work, missing, runtime) as bar, peak() as most:
         if missing:
             work.ready()
         kept = time.monotonic()
@@ -381,6 +363,22 @@ def measure(work: Work, group: Group, runtime: RuntimeSettings, room: Room) -> O
     seconds = time.monotonic() - began
     # Where other processes are at work on all that is missing, nothing was measured.
     return Outcome(len(blocks), len(work.stage.grid), seconds, timing if blocks or complete else None)
+
+
+@contextmanager
+def _computing(work: Work, missing: list[Block], runtime: RuntimeSettings) -> Iterator[_Bar]:
+    """Surround whatever computes blocks that are missing; refuse them first where they do not fit the memory."""
+    if missing:
+        work.memory()
+    _give_back()
+    with (
+        _threads(runtime.workers),
+        _named_errors(work.label),
+        _interrupted_once(),
+        work.computing(),
+        _Bar(work, missing, runtime.progress) as bar,
+    ):
+        yield bar
 
 
 def _give_back() -> None:

@@ -76,7 +76,7 @@ class Kronecker:
 
     @property
     def size(self) -> int:
-        """R · c."""
+        """The number of coordinates, r · c."""
         return math.prod(self.sides)
 
     def project(self, values: Tensor) -> Tensor:

@@ -120,16 +120,29 @@ class Curvature:
             StageError: finite vectors have products that are not.
         """
         total_TD = torch.zeros_like(vectors_TD)
-        done = 0
-        with closing(self.samples.batches(ids, self.batch_size)) as batches:
-            for whole in batches:
-                for batch, found_TD in self.batch.pieces(whole, lambda batch: self._sum(batch)(vectors_TD)):
-                    total_TD += found_TD
-                    done += size(batch)
-                    report(Progress(done, len(ids), f"{self.kind} products"))
-                    del found_TD
+        every = self._pieces(ids, lambda batch, now: self._sum(batch)(vectors_TD), f"{self.kind} products", report)
+        for _, _, found_TD in every:
+            total_TD += found_TD
+            del found_TD
         self._refuse_infinite(total_TD, vectors_TD, ids)
         return total_TD
+
+    def _pieces(
+        self, ids: Sequence[int], compute: Callable[[Batch, Sequence[int]], Tensor], what: str, report: Report
+    ) -> Iterator[tuple[Batch, Sequence[int], Tensor]]:
+        """Yield what is computed of some samples, as many at once as fit, after these and their ids."""
+        done = 0
+
+        def of_these(batch: Batch) -> Tensor:
+            return compute(batch, ids[done : done + size(batch)])
+
+        with closing(self.samples.batches(ids, self.batch_size)) as batches:
+            for whole in batches:
+                for batch, found in self.batch.pieces(whole, of_these):
+                    yield batch, ids[done : done + size(batch)], found
+                    del found  # before more is computed
+                    done += size(batch)
+                    report(Progress(done, len(ids), what))
 
     def over(self, ids: Sequence[int]) -> Repeated:
         """Return what multiplies by H with the mean over ``ids`` again and again.
@@ -216,25 +229,20 @@ class Curvature:
         """
         params = self.function.params
         total_D = torch.zeros(self.dim, dtype=torch.float64, device=self.function.device)
-        done = 0
 
-        def summed(batch: Batch) -> Tensor:
+        def summed(batch: Batch, now: Sequence[int]) -> Tensor:
             leaves = {name: parameter.detach().requires_grad_() for name, parameter in params.items()}
-            with naming(f"at training samples {ids[done]} to {ids[done + size(batch) - 1]}"):
+            with naming(f"at training samples {now[0]} to {now[-1]}"):
                 found = torch.autograd.grad(
                     self._total_loss(leaves, batch), list(leaves.values()), allow_unused=True, materialize_grads=True
                 )
             return self.function.flatten(dict(zip(leaves, found, strict=True)))
 
-        with closing(self.samples.batches(ids, self.batch_size)) as batches:
-            for whole in batches:
-                for batch, flat_D in self.batch.pieces(whole, summed):
-                    if not torch.isfinite(flat_D).all():
-                        now = ids[done : done + size(batch)]
-                        refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), now)
-                    total_D += flat_D
-                    done += size(batch)
-                    report(Progress(done, len(ids), "mean gradient"))
+        for batch, now, flat_D in self._pieces(ids, summed, "mean gradient", report):
+            if not torch.isfinite(flat_D).all():
+                refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), now)
+            total_D += flat_D
+            del flat_D
         return total_D
 
     def matrix(self, ids: Sequence[int], report: Report = silent) -> Tensor:
@@ -243,15 +251,11 @@ class Curvature:
         Raises:
             StageError: it is not finite.
         """
-        done, signs = 0, random_signs(2, self.dim, self.l2, seed=0)
+        signs = random_signs(2, self.dim, self.l2, seed=0)
         total_DD = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.l2.device)
-        with closing(self.samples.batches(ids, self.batch_size)) as batches:
-            for whole in batches:
-                for batch, found_DD in self.batch.pieces(whole, lambda batch: self._matrix(batch, signs)):
-                    total_DD += found_DD
-                    done += size(batch)
-                    report(Progress(done, len(ids), "matrix"))
-                    del found_DD
+        for _, _, found_DD in self._pieces(ids, lambda batch, now: self._matrix(batch, signs), "matrix", report):
+            total_DD += found_DD
+            del found_DD
         self._refuse_infinite(total_DD, signs, ids)
         return total_DD
 

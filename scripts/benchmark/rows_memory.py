@@ -13,14 +13,10 @@ from pathlib import Path
 
 from common import Bench, Row
 
-
-def resident(name: str) -> int:
-    """Return the bytes of this process in memory: now (``VmRSS``), or at most so far (``VmHWM``)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+from influence_pipeline.peak import peak
 
 
-def peak(folder: Path, samples: int) -> int:
+def whole(folder: Path, samples: int) -> int:
     """Run all stages; return the peak of the bytes in memory above what model, data and libraries take."""
     import torch
     import workload
@@ -32,10 +28,9 @@ def peak(folder: Path, samples: int) -> int:
     experiment = workload.experiment(samples, {"holdout": 64}, model)
     pipeline = ip.Pipeline(experiment, folder, workload.settings(influence={"top_k": 100}))
     pipeline.plan()
-    base = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again at VmRSS
-    pipeline.run()
-    return resident("VmHWM") - base
+    with peak() as held:
+        pipeline.run()
+    return held()
 
 
 def wide_peak(folder: Path, units: int) -> tuple[int, int]:
@@ -53,10 +48,9 @@ def wide_peak(folder: Path, units: int) -> tuple[int, int]:
     experiment = ip.Experiment(model, ip.Classification(), data, {"few": data})
     pipeline = ip.Pipeline(experiment, folder, ip.Settings(**settings))
     predicted = pipeline.plan("few")["grad_z"].memory_bytes
-    base = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    pipeline.grad_z()
-    return resident("VmHWM") - base, predicted
+    with peak() as held:
+        pipeline.grad_z()
+    return held(), predicted
 
 
 def in_child(bench: Bench, *what: str) -> list[int]:
@@ -96,4 +90,4 @@ ROWS = {"memory": memory, "wide": wide}
 
 if __name__ == "__main__":
     folder, *what = sys.argv[1:]
-    print(*(wide_peak(Path(folder), int(what[1])) if what[0] == "wide" else [peak(Path(folder), int(what[0]))]))
+    print(*(wide_peak(Path(folder), int(what[1])) if what[0] == "wide" else [whole(Path(folder), int(what[0]))]))

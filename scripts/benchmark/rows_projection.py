@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import workload
 from common import Bench, Row, Side, alternate
-from rows_memory import resident
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import influence_pipeline as ip
+from influence_pipeline.peak import peak
 from scripts.resnet import ResNet18
 from stages.grad_z.fidelity import spearman
 
@@ -125,12 +125,10 @@ def run_of_resnet(folder: Path, samples: int, dim: int, width: int) -> dict[str,
         "runtime": {"memory": MEMORY},
     }
     pipeline = ip.Pipeline(experiment, folder, workload.settings(**sections))
-    base = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again at VmRSS
-    pipeline.run()
+    with peak() as held:
+        pipeline.run()
     files = [path for path in (folder / "grad_z").rglob("*") if path.is_file()]
-    held = resident("VmHWM") - base
-    return {"peak": held, "files": len(files), "bytes": sum(path.stat().st_size for path in files)}
+    return {"peak": held(), "files": len(files), "bytes": sum(path.stat().st_size for path in files)}
 
 
 def within(bench: Bench, name: str, samples: int, dim: int) -> Row:

@@ -18,11 +18,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import influence_pipeline as ip
+from influence_pipeline import peak as memory
 from stages.device_batch import DeviceBatch
 from stages.grad_z import PerSample
 from stages.grad_z.choose import choosing_bytes
-
-CLEAR = Path("/proc/self/clear_refs")
 
 
 def pipeline(folder: Path, tests: int) -> ip.Pipeline:
@@ -34,12 +33,6 @@ def pipeline(folder: Path, tests: int) -> ip.Pipeline:
     experiment = ip.Experiment(model.eval(), ip.Classification(), data, {"few": TensorDataset(*data[:tests])})
     solver = {"solver": "cg", "damping": 1.0, "tolerance": 0.5}
     return ip.Pipeline(experiment, folder, ip.Settings(s_test=solver, runtime={"device": "cpu", "progress": False}))
-
-
-def resident(name: str) -> int:
-    """Return the bytes of this process in memory: now (``VmRSS``), or at most so far (``VmHWM``)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def wide(folder: Path, samples: int) -> ip.Pipeline:
@@ -121,10 +114,9 @@ def measure(stage: str, folder: Path) -> tuple[int, int]:
 def peak(work: Callable[[], object]) -> int:
     """Return the bytes that some work held at most, above what was there before."""
     ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be had again
-    before = resident("VmRSS")
-    CLEAR.write_text("5")  # VmHWM begins again at VmRSS
-    work()
-    return resident("VmHWM") - before
+    with memory.peak() as held:
+        work()
+    return held()
 
 
 def solving(folder: Path) -> tuple[int, int]:
@@ -136,7 +128,7 @@ def solving(folder: Path) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(
-    not (os.access(CLEAR, os.W_OK) and hasattr(ctypes.CDLL(None), "malloc_trim")),
+    not (os.access(memory.CLEAR, os.W_OK) and hasattr(ctypes.CDLL(None), "malloc_trim")),
     reason="no peak of memory to be asked for here",
 )
 @pytest.mark.parametrize("stage", ["grad_z", "activations", "choosing", "probes", "s_test", "influence"])
