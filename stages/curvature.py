@@ -22,8 +22,8 @@ from torch.func import grad, vjp, vmap
 from stages import work
 from stages.batch import only_tensors, shapes, size, split
 from stages.device_batch import DeviceBatch, refuse_memory
-from stages.grad_z import loop, refuse_infinite
-from stages.grad_z.choose import PROBES, advice, choose, compared, naming, reason, relative_difference, tolerance
+from stages.grad_z import PerSample, loop, refuse_infinite
+from stages.grad_z.choose import PROBES, advice, compared, naming, reason, relative_difference, tolerance
 from stages.grad_z.hooks import Hooks
 from stages.jacobian import Linearised, ggn_products, linearised
 from stages.parameters import ModelFunction, Parameters
@@ -87,6 +87,11 @@ class Curvature:
             MemoryError: not even these fit.
         """
         return work.of_samples(self.function, self.samples)
+
+    @functools.cached_property
+    def per_sample(self) -> PerSample:
+        """Gradients of the training losses, of which the technique is chosen once."""
+        return PerSample(self.function, self.function.losses, self.samples, self.batch)
 
     @property
     def together(self) -> int:
@@ -346,7 +351,7 @@ class Curvature:
         few = join([tensor[: compared(self.function)] for tensor in tensors])
         expected = self._products(self._linear(few), 1, vectors_TD)
         most = tolerance(self.function, self.function.losses, few)
-        hooks = choose(self.function, self.function.losses, few)
+        hooks = self.per_sample.technique
         ways = [hooks] if isinstance(hooks, Hooks) and hooks.names == frozenset(self.function.params) else []
         for way in ways if ways and self.function.projected else [None, *ways]:
             try:

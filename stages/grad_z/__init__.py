@@ -96,6 +96,14 @@ class PerSample:
                     "the loss does not depend on these parameters, or the model is dead there"
                 )
 
+    @property
+    def technique(self) -> Technique:
+        """How gradients are computed."""
+        if self._technique is None:
+            self.check()
+        assert self._technique is not None
+        return self._technique
+
     def _chosen(self, batch: Batch) -> Technique:
         """Choose how gradients are computed, of some samples."""
         check_neighbours(self.function, self.values, batch)
@@ -107,8 +115,7 @@ class PerSample:
         return any(bool(grads.any()) for _, (grads, _) in found)
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        assert self._technique is not None
-        return self._technique(self.function, self.values, batch)
+        return self.technique(self.function, self.values, batch)
 
     def rows(self, ids: Sequence[int]) -> Iterator[Rows]:
         """Yield the gradients of samples, a batch at a time.

@@ -68,10 +68,7 @@ class Prepare(Stage):
 
     def prepare(self, report: Report = silent) -> None:
         """Check model and training data."""
-        from stages.grad_z import PerSample
-
-        curvature = self.curvature
-        PerSample(curvature.function, curvature.function.losses, curvature.samples, curvature.batch).check()
+        self.curvature.per_sample.check()
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Compute the sums over a part of the training set."""
