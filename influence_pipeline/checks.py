@@ -12,8 +12,8 @@ from influence_pipeline import runner
 from influence_pipeline.cache import STAGES, Group
 from influence_pipeline.cache.record import digest
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError
-from influence_pipeline.runner import DIGESTS
 from influence_pipeline.samples import DataSet, shown_ids
+from influence_pipeline.work import DIGESTS
 from influence_pipeline.works import Works, committed
 from stages.stage import Array, Block
 

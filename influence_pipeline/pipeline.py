@@ -20,8 +20,9 @@ from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage,
 from influence_pipeline.experiment import Experiment, load
 from influence_pipeline.influences import Influences
 from influence_pipeline.plan import LARGE_BYTES, Plan, StagePlan, Suggestion, Timing, show_bytes
-from influence_pipeline.runner import DIGESTS, Outcome, Work
+from influence_pipeline.runner import Outcome
 from influence_pipeline.settings import Settings
+from influence_pipeline.work import DIGESTS, Work, pending
 from influence_pipeline.works import Place, Works
 
 log = logging.getLogger(__name__)
@@ -341,7 +342,7 @@ class Pipeline:
         works, test = self._works, self._works.context.test
         timing = self._run(place, beside, measure=True).timing
         for other in beside:
-            if not runner.pending(works.work(other), works.find(other)):
+            if not pending(works.work(other), works.find(other)):
                 self._run(other)
         together, own = sum(len(test(str(each.tests))) for each in (place, *beside)), len(test(str(place.tests)))
         if timing is None:
@@ -350,7 +351,7 @@ class Pipeline:
 
     def _aside(self, place: Place, work: Work | None, stand_in: str) -> Timing | None:
         """Time blocks that are not to be kept; None where there is nothing to make them of, or nothing missing."""
-        if work is None or not runner.pending(self._works.work(place), self._works.find(place)):
+        if work is None or not pending(self._works.work(place), self._works.find(place)):
             return None
         with tempfile.TemporaryDirectory(prefix="influence_pipeline_") as folder:
             group = Group.create(Path(folder) / place.stage / place.name, work.layout, place.attributes)
@@ -576,7 +577,7 @@ class Pipeline:
 
     def _plan(self, place: Place, timing: Timing | None = None) -> StagePlan:
         work, group = self._works.work(place), self._works.find(place)
-        missing = runner.pending(work, group)
+        missing = pending(work, group)
         cached = [g.attributes for g in self.cache.groups(place.stage)]
         others = [attributes["identity"] for attributes in cached if attributes["tests"] == place.tests]
         expected, measured = room.expected_bytes(work, group, timing.shares if timing else {})

@@ -13,7 +13,7 @@ from influence_pipeline.cache import DESCRIPTION, Group, Layout, array_bytes
 from influence_pipeline.context import Context
 from influence_pipeline.errors import RequestError
 from influence_pipeline.plan import Suggestion, block_rows, show_bytes, suggestions
-from influence_pipeline.runner import Work
+from influence_pipeline.work import Work
 from influence_pipeline.works import Place
 from stages.stage import Block, Grid
 

@@ -13,7 +13,6 @@ import ctypes
 import functools
 import logging
 import os
-import signal
 import tempfile
 import threading
 import time
@@ -22,11 +21,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import cloudpickle
@@ -34,234 +31,23 @@ import joblib
 import torch
 from tqdm import tqdm
 
-from influence_pipeline.cache import Group, Layout, claims, leave_no_lock
-from influence_pipeline.cache.claims import Claim
-from influence_pipeline.cache.record import NOTHING, Record, digest
-from influence_pipeline.cache.writing import BlockWriting
+from influence_pipeline.cache import Group, claims, leave_no_lock
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.peak import peak
 from influence_pipeline.plan import Timing
-from influence_pipeline.samples import DIGEST_BYTES, DataSet
 from influence_pipeline.settings import RuntimeSettings
-from stages.stage import Array, ArrayLike, ArraySpec, Block, Progress, Stage, StageError
+from influence_pipeline.signals import deaf_to_interrupts, interrupted_once, shielded
+from influence_pipeline.work import Work, pending
+from stages.stage import Block, Progress, StageError
 
 log = logging.getLogger(__name__)
 
-DIGESTS = "digests"
 SHORT = 10.0
 """Seconds of a block below which what the first one costs beside may count, so that a second is measured."""
 MOST_TRIES = 3
 """Times that a run computes a block before it gives up on one that does not stay valid."""
 PAUSE = 0.2
 """Seconds between looks at what other processes compute."""
-
-
-@dataclass
-class Work:
-    """A stage with what the machine adds to it: where its samples come from, and what its blocks depend on.
-
-    Attributes:
-        stage: the mathematics.
-        label: what people read.
-        data: the data set along the grid's only axis; each sample's digest is kept beside what is computed of it.
-        whole: a data set of which every block reads the first so many samples; their digests are kept, too.
-        inputs: digest of whatever else a block reads.
-        before: called once before the first block that is computed here.
-        holds: a data set to have in memory while blocks are computed, where it fits.
-        computing: what surrounds all computing, such as the model's ``eval()`` mode.
-        memory: returns what one process holds at once, beside model and data; refuses what is more than there is.
-        passes: what it reads how often, for people.
-        unit: what an entry of its grid is, for people.
-        beside: works, and where they are kept, whose blocks are computed with this one's where that costs little.
-    """
-
-    stage: Stage
-    label: str
-    data: DataSet | None = None
-    whole: tuple[DataSet, int] | None = None
-    inputs: Callable[[Block], bytes] = lambda block: NOTHING
-    before: Callable[[], None] = lambda: None
-    holds: DataSet | None = None
-    computing: Callable[[], AbstractContextManager[None]] = nullcontext
-    memory: Callable[[], int] = lambda: 0
-    passes: str = ""
-    unit: str = "samples"
-    beside: list[tuple[Work, Group]] = field(default_factory=list)
-    _ready: bool = field(default=False, init=False)
-
-    @property
-    def layout(self) -> Layout:
-        """The arrays in the cache."""
-        arrays, merged = self.stage.arrays, self.stage.merged
-        if self.data is not None:
-            axis = self.stage.grid.axes[0]
-            arrays = (*arrays, _digests(axis.name, axis.length))
-        if self.whole is not None:
-            merged = (*merged, _digests("sample", self.whole[1]))
-        return Layout(self.stage.grid, arrays, merged)
-
-    def samples(self, block: Block) -> bytes:
-        """Return a digest of the samples that a block reads."""
-        if self.whole is not None:
-            data, count = self.whole
-            return data.fingerprint(count)
-        if self.data is not None:
-            return digest([self.data.digests(block.ids(self.stage.grid.axes[0].name))])
-        return NOTHING
-
-    def valid(self, group: Group, block: Block) -> Record | None:
-        """Return the record of a block that is there, and of what it would be computed of now; None for another."""
-        record = group.whole(block)
-        if record is None or record.inputs != self.inputs(block):
-            return None
-        # Samples along the axis were kept with the block; whoever reads one compares it.
-        return record if self.whole is None or record.samples == self.samples(block) else None
-
-    def ready(self) -> None:
-        """Do once, in the process that computes, what must be done before the first block."""
-        if not self._ready:
-            self.before()
-            if self.holds is not None:
-                self.holds.keep()
-            self.stage.prepare()
-            self._ready = True
-
-    def start(self, block: Block, group: Group, report: Callable[[Progress], None]) -> Callable[[], bool] | None:
-        """Compute one block; return what then keeps it, to be called in any thread.
-
-        That returns whether it was kept. None where another process has the block, or is at work on it.
-        """
-        with ExitStack() as stack:
-            claim = self._claimed(block, group, stack)
-            if claim is None:
-                return None
-            parts = [(self, group, block, claim), *self._alongside(block, stack)]
-            self.ready()
-            keeping = []
-            if len(parts) == 1:
-                keeping.append(self._writing(group, block, claim, self.stage.parts(block, report), stack))
-            else:
-                found = self.stage.together([(work.stage, of) for work, _, of, _ in parts], report)
-                for work, where, of, held in parts:
-                    keeping.append(work._writing(where, of, held, iter([found.pop(0)]), stack))
-            held_until_kept = stack.pop_all()
-
-        def keep() -> bool:
-            with held_until_kept:
-                first, *_ = [kept() for kept in keeping]
-            return first
-
-        return keep
-
-    def _alongside(self, block: Block, stack: ExitStack) -> Iterator[tuple[Work, Group, Block, Claim]]:
-        """Claim the missing blocks of works beside this one that are computed with a block."""
-        for work, group in self.beside:
-            for other in self.stage.alongside(block, work.stage):
-                claim = work._claimed(other, group, stack)
-                if claim is not None:
-                    yield work, group, other, claim
-
-    def _claimed(self, block: Block, group: Group, stack: ExitStack) -> Claim | None:
-        """Claim a block that is missing, until the stack is left; None where it is not, or another process has it."""
-        if (claim := group.claim(block)) is None:
-            return None
-        with ExitStack() as own:
-            own.enter_context(claim)
-            if self.valid(group, block):
-                return None
-            stack.push(own.pop_all())
-        return claim
-
-    def _writing(
-        self, group: Group, block: Block, claim: Claim, parts: Iterator[dict[str, Array]], stack: ExitStack
-    ) -> Callable[[], bool]:
-        """Have the values of a block encoded; return what then keeps it."""
-        writing = stack.enter_context(BlockWriting(group, block))
-        for values in parts:
-            writing.add(values)
-        if self.data is not None:
-            writing.add({DIGESTS: self.data.digests(block.ids(self.stage.grid.axes[0].name))})
-        return functools.partial(group.commit, block, writing, self.samples(block), self.inputs(block), claim)
-
-    def finish(self, group: Group, report: Callable[[Progress], None]) -> None:
-        """Merge all blocks and keep that."""
-        with group.alone_merging():
-            if group.finished:
-                return
-            self.before()
-            arrays: dict[str, ArrayLike] = {
-                spec.name: group.rows(spec.name) if spec.encoding else group.array(spec.name)
-                for spec in self.layout.arrays
-            }
-            values = self.stage.finish(arrays, report)
-            if self.whole is not None:
-                values[DIGESTS] = self.whole[0].digests(range(self.whole[1]))
-            with _shielded():
-                group.commit_merged(values)
-
-
-def _digests(axis: str, length: int) -> ArraySpec:
-    about = "digest of each sample as it was read"
-    return ArraySpec(DIGESTS, (axis, "digest_byte"), (length, DIGEST_BYTES), "uint8", about=about)
-
-
-@contextmanager
-def _shielded() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until what is being written is written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for late in came:
-            signal.raise_signal(late)
-
-
-@contextmanager
-def _interrupted_once() -> Iterator[None]:
-    """Have the first Ctrl-C or SIGTERM interrupt, and nothing then interrupt what is done about it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def first(number: int, frame: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, lambda number, frame: None)
-        handler = before[signal.Signals(number)]
-        if callable(handler):
-            handler(number, frame)
-        elif handler == signal.SIG_DFL:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    for number in before:
-        signal.signal(number, first)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def pending(work: Work, group: Group | None) -> list[Block]:
-    """Return the blocks that are not there, in order."""
-    if group is None or not group.fits(work.layout):
-        return list(work.stage.grid)
-    known = group.layout.grid.shape
-    missing = []
-    for block in work.stage.grid:
-        inside = all(i < n for i, n in zip(block.index, known, strict=True))
-        if not inside or not work.valid(group, block):
-            missing.append(block)
-    return missing
 
 
 @dataclass(frozen=True)
@@ -374,7 +160,7 @@ def _computing(work: Work, missing: list[Block], runtime: RuntimeSettings) -> It
     with (
         _threads(runtime.workers),
         _named_errors(work.label),
-        _interrupted_once(),
+        interrupted_once(),
         work.computing(),
         _Bar(work, missing, runtime.progress) as bar,
     ):
@@ -426,7 +212,7 @@ def _in_workers(
     results: Any = None
     try:
         jobs = (joblib.delayed(_block_in_worker)(rebuild, token, i, threads, log_file) for i in blocks)
-        with _shielded(), _deaf_to_interrupts():
+        with shielded(), deaf_to_interrupts():
             results = parallel(jobs)
         for index, computed in results:
             if computed:
@@ -502,22 +288,8 @@ def _block_in_worker(
     work, group = _rebuilt[token]
     with logging_to(None if log_file is None else Path(log_file)), _named_errors(work.label), work.computing():
         keep = work.start(work.stage.grid.block(index), group, lambda progress: None)
-        with _shielded():
+        with shielded():
             return index, keep is not None and keep()
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Start processes that do not see Ctrl-C, which goes to all of a terminal: this one stops them itself."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # started later, it would end the deafness
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _settle_worker(parent: int, numbers: Path | None) -> None:

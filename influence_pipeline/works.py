@@ -21,8 +21,8 @@ from influence_pipeline.context import Context, sentinels
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
 from influence_pipeline.influences import covering, read_by_scores
 from influence_pipeline.plan import show_bytes
-from influence_pipeline.runner import DIGESTS, Work, pending
 from influence_pipeline.samples import DataSet, changed_samples
+from influence_pipeline.work import DIGESTS, Work, pending
 from stages.device_batch import DeviceBatch
 from stages.grad_z import ComputedRows, GradZ, PerSample
 from stages.grad_z.choose import choosing_bytes

@@ -15,7 +15,7 @@ import zarr
 
 import influence_pipeline as ip
 from influence_pipeline.cache import Cache, Group, Layout
-from influence_pipeline.runner import Work
+from influence_pipeline.work import Work
 from stages.stage import ArraySpec, Axis, Block, Grid
 from tests import tiny
 

@@ -13,7 +13,7 @@ import torch
 import influence_pipeline as ip
 from influence_pipeline import pipeline, plan, runner
 from influence_pipeline.peak import peak
-from influence_pipeline.runner import Work
+from influence_pipeline.work import Work
 from stages.grad_z import GradZ
 from stages.influence import Influence
 from stages.s_test import STest
