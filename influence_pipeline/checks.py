@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from influence_pipeline import runner
-from influence_pipeline.cache import STAGES, Group
+from influence_pipeline.cache import FOLDERS, Group
 from influence_pipeline.cache.record import digest
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError
 from influence_pipeline.samples import DataSet, shown_ids
@@ -80,7 +80,7 @@ def verify(works: Works, tests: Sequence[str], sample: int, mend: Callable[[], N
     """Read everything again; see :meth:`Pipeline.verify`. ``mend`` mends descriptions, after they were looked at."""
     found = Verification()
     show = works.settings.runtime.progress
-    paths = [path for stage in STAGES for path in works.cache.paths(stage)]
+    paths = [path for stage in FOLDERS for path in works.cache.paths(stage)]
     found.damaged += [text for path in paths if (text := _damaged_description(path))]
     found.damaged += works.cache.mend()
     mend()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from influence_pipeline.errors import InfluenceError, RequestError
 from influence_pipeline.samples import PerClass, check_dataset
@@ -30,6 +31,8 @@ from stages.grad_z.choose import describe
 from stages.stage import Array
 
 Data = Dataset[Any] | Callable[[], Dataset[Any]]
+Retrain = Callable[..., nn.Module]
+"""``retrain(dataset, seed)``, or ``retrain(dataset, seed, weights)`` where samples can have weights."""
 
 
 class Experiment:
@@ -40,6 +43,8 @@ class Experiment:
         train_name: name of the training set in the cache.
         collate: as for a DataLoader; PyTorch's default where None.
         loader_workers: processes that read samples, 0 for none.
+        weighted: whether ``retrain`` takes weights of samples.
+        mislabelled: ids of training samples that are known to have wrong labels, None where nothing is known.
     """
 
     def __init__(
@@ -53,6 +58,8 @@ class Experiment:
         collate: Callable[[list[Any]], Any] | None = None,
         loader_workers: int = 0,
         train_ids: Sequence[int] | None = None,
+        retrain: Retrain | None = None,
+        mislabelled: Sequence[int] | None = None,
     ) -> None:
         """Describe an experiment; a model or a data set may be a function that makes it, called when needed.
 
@@ -65,6 +72,10 @@ class Experiment:
             collate: makes a batch of a list of samples; PyTorch's default where None.
             loader_workers: processes that read samples, for data sets that are slow to read.
             train_ids: the ids by which training samples are named in results; by default their positions.
+            retrain: trains a model anew, for evaluation alone: ``retrain(dataset, seed)`` minimises the mean loss over
+                the data set, a subset of the training set. ``retrain(dataset, seed, weights)`` is given the whole of
+                it with a weight for each sample, (N,), 1 or 0, and minimises their sum of weighted losses over N.
+            mislabelled: ids of training samples that are known to have wrong labels, for evaluation alone.
 
         Raises:
             RequestError: something is not of the kind that is needed.
@@ -87,6 +98,11 @@ class Experiment:
         self._train = train
         self._tests = {check_name(name, "tests"): data for name, data in tests.items()}
         self._train_ids = None if train_ids is None else _array(train_ids)
+        if retrain is not None and not callable(retrain):
+            raise RequestError(f"retrain must be a function of (dataset, seed), got {type(retrain).__name__}")
+        self._retrain = retrain
+        self.weighted = retrain is not None and "weights" in inspect.signature(retrain).parameters
+        self.mislabelled = None if mislabelled is None else _array(mislabelled)
 
     @property
     def model(self) -> nn.Module:
@@ -158,6 +174,26 @@ class Experiment:
                 f"train_ids must be {count} different whole numbers of at least 0, one for each sample, below 2**63"
             )
         return ids.astype(np.int64)
+
+    def retrained(self, left_out: Sequence[int], seed: int) -> nn.Module:
+        """Train a model anew without the training samples at some positions.
+
+        Raises:
+            RequestError: there is no ``retrain``, or it raises, or gives something else than a model.
+        """
+        if self._retrain is None:
+            raise RequestError("retraining needs a function that does so: Experiment(…, retrain=function)")
+        count = check_dataset(self.train, self.train_name)
+        kept = torch.ones(count)
+        kept[list(left_out)] = 0.0
+        if self.weighted:
+            model = _call(lambda: cast("Retrain", self._retrain)(self.train, seed, weights=kept), "retrained")
+        else:
+            subset = Subset(self.train, kept.nonzero().flatten().tolist())
+            model = _call(lambda: cast("Retrain", self._retrain)(subset, seed), "retrained")
+        if not isinstance(model, nn.Module):
+            raise RequestError(f"retrain must return a torch.nn.Module, got {type(model).__name__}")
+        return _unwrapped(model)
 
     def test_ids(self, name: str) -> Array:
         """Return the positions of a test set's samples, (T,) int64; in the set it was cut out of by ``per_class``."""

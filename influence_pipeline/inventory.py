@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from influence_pipeline.cache import STAGES, Cache, Group
+from influence_pipeline.cache import FOLDERS, Cache, Group
 from influence_pipeline.errors import CacheDamaged, RequestError
 from influence_pipeline.plan import show_bytes
 
@@ -23,7 +23,7 @@ RECEIPTS = {
 
 def listed(cache: Cache) -> list[str]:
     """Describe everything that is cached, some lines for each set of arrays."""
-    paths = [path for stage in STAGES for path in cache.paths(stage)]
+    paths = [path for stage in FOLDERS for path in cache.paths(stage)]
     lines = [f"{cache.path}: " + (f"{len(paths)} sets of arrays" if paths else "nothing is cached")]
     for path in paths:
         try:
@@ -53,7 +53,7 @@ def named(cache: Cache, key: str) -> Path:
     """
     if not cache.exists:
         raise RequestError(f"{cache.path} is no cache")
-    paths = [path for stage in STAGES for path in cache.paths(stage)]
+    paths = [path for stage in FOLDERS for path in cache.paths(stage)]
     found = [path for path in paths if key in (path.name, path.name.rpartition("-")[2])]
     found = found or [path for path in paths if len(key) >= 4 and path.name.rpartition("-")[2].startswith(key)]
     if len(found) != 1:
@@ -75,7 +75,7 @@ def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
     for group in map(Group, cache.paths("s_test")):
         if group.path in keep:
             keep |= _reads(cache, group.attributes["reads"])
-    return [path for stage in STAGES for path in cache.paths(stage) if path not in keep and _may_go(path)]
+    return [path for stage in FOLDERS for path in cache.paths(stage) if path not in keep and _may_go(path)]
 
 
 def _reads(cache: Cache, reads: Mapping[str, str]) -> set[Path]:

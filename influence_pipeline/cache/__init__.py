@@ -34,6 +34,9 @@ from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError,
 
 FORMAT = 4
 STAGES = ("grad_z", "curvature", "s_test", "influence")
+"""What a run goes through."""
+FOLDERS = (*STAGES, "self_influence", "newton", "retrained", "measured")
+"""All that may be cached: the stages of a run, and what is computed when it is asked for."""
 ALONE = "layout.claim"
 GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 LEFTOVERS = ("*.partial", "*/zarr.*.partial", "*/*/zarr.*.partial")
@@ -42,6 +45,7 @@ log = logging.getLogger(__name__)
 
 __all__ = [
     "DESCRIPTION",
+    "FOLDERS",
     "FORMAT",
     "STAGES",
     "Cache",
@@ -86,7 +90,8 @@ class Cache:
                     f"this is format {FORMAT}: name another folder"
                 )
         elif self.path.exists() and any(
-            path.name not in (*STAGES, ALONE, DESCRIPTION) and path.suffix != ".partial" for path in self.path.iterdir()
+            path.name not in (*FOLDERS, ALONE, DESCRIPTION) and path.suffix != ".partial"
+            for path in self.path.iterdir()
         ):
             raise RequestError(f"cache {self.path} is a folder with other things in it: name a new one")
 
@@ -109,7 +114,7 @@ class Cache:
         return [f"{self.path / stage / DESCRIPTION} was damaged" for stage in damaged]
 
     def _damaged_stages(self) -> list[str]:
-        return [stage for stage in STAGES if (self.path / stage).is_dir() and not self._is_described(stage)]
+        return [stage for stage in FOLDERS if (self.path / stage).is_dir() and not self._is_described(stage)]
 
     def _mend_stages(self, stages: set[str]) -> None:
         for stage in stages:
@@ -135,7 +140,7 @@ class Cache:
                         self._clear()
 
     def _leftovers(self) -> list[Path]:
-        folders = (self.path, *(self.path / stage for stage in STAGES))
+        folders = (self.path, *(self.path / stage for stage in FOLDERS))
         return [path for folder in folders for depth in LEFTOVERS for path in folder.glob(depth)]
 
     def groups(self, stage: str) -> Iterator[Group]:
@@ -159,7 +164,7 @@ class Cache:
             CacheDamaged: its description is damaged.
             RequestError: the name is none of a group's.
         """
-        if stage not in STAGES or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        if stage not in FOLDERS or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise RequestError(f"{stage}/{name} is no name of arrays in a cache")
         path = self.path / stage / name
         return Group(path) if path.is_dir() else None
