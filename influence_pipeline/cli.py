@@ -160,6 +160,28 @@ def influence(settings: SettingsFile, tests: TestNames = None, keep_curvature: K
 
 @app.command()
 @_guarded
+def evaluate(
+    settings: SettingsFile,
+    tests: TestNames = None,
+    out: Annotated[Path | None, typer.Option(help="a file for all figures, as JSON")] = None,
+) -> None:
+    """Train again without some samples, and compare what that changes with the scores; all that is missing is run.
+
+    Raises:
+        RequestError: there is a file for the figures of one test set, and there are several.
+    """
+    pipeline = ip.Pipeline.from_toml(settings)
+    names = tests or list(pipeline.tests)
+    if out is not None and len(names) != 1:
+        raise ip.RequestError(f"--out is for one test set: choose by --tests; there are {', '.join(names)}")
+    for found in pipeline.evaluate(*names, told=functools.partial(typer.echo, err=True)).values():
+        typer.echo(found)
+        if out is not None:
+            found.to_json(out)
+
+
+@app.command()
+@_guarded
 def status(settings: SettingsFile) -> None:
     """List what is cached; needs neither model nor data."""
     from influence_pipeline import inventory

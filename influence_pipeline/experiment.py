@@ -43,7 +43,8 @@ class Experiment:
         train_name: name of the training set in the cache.
         collate: as for a DataLoader; PyTorch's default where None.
         loader_workers: processes that read samples, 0 for none.
-        weighted: whether ``retrain`` takes weights of samples.
+        retrain: trains the model anew, None where the experiment does not say how.
+        weighted: whether it takes weights of samples.
         mislabelled: ids of training samples that are known to have wrong labels, None where nothing is known.
     """
 
@@ -100,7 +101,7 @@ class Experiment:
         self._train_ids = None if train_ids is None else _array(train_ids)
         if retrain is not None and not callable(retrain):
             raise RequestError(f"retrain must be a function of (dataset, seed), got {type(retrain).__name__}")
-        self._retrain = retrain
+        self.retrain = retrain
         self.weighted = retrain is not None and "weights" in inspect.signature(retrain).parameters
         self.mislabelled = None if mislabelled is None else _array(mislabelled)
 
@@ -181,16 +182,16 @@ class Experiment:
         Raises:
             RequestError: there is no ``retrain``, or it raises, or gives something else than a model.
         """
-        if self._retrain is None:
+        if self.retrain is None:
             raise RequestError("retraining needs a function that does so: Experiment(…, retrain=function)")
         count = check_dataset(self.train, self.train_name)
         kept = torch.ones(count)
         kept[list(left_out)] = 0.0
         if self.weighted:
-            model = _call(lambda: cast("Retrain", self._retrain)(self.train, seed, weights=kept), "retrained")
+            model = _call(lambda: cast("Retrain", self.retrain)(self.train, seed, weights=kept), "retrained")
         else:
             subset = Subset(self.train, kept.nonzero().flatten().tolist())
-            model = _call(lambda: cast("Retrain", self._retrain)(subset, seed), "retrained")
+            model = _call(lambda: cast("Retrain", self.retrain)(subset, seed), "retrained")
         if not isinstance(model, nn.Module):
             raise RequestError(f"retrain must return a torch.nn.Module, got {type(model).__name__}")
         return _unwrapped(model)

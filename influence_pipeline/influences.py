@@ -292,6 +292,10 @@ class Influences:
         trains = None if self._trained is None else self._trained.array("label")[:]
         return tests, trains
 
+    def losses(self) -> Array | None:
+        """Return the training losses, (N,) float32; None where gradients are not cached."""
+        return None if self._trained is None else np.asarray(self._trained.array("loss")[:])
+
     def __len__(self) -> int:
         """Count the test samples."""
         return len(self.test_ids)

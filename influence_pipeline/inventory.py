@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from influence_pipeline.cache import FOLDERS, Cache, Group
+from influence_pipeline.cache import FOLDERS, GROUND_TRUTH, Cache, Group
 from influence_pipeline.errors import CacheDamaged, RequestError
 from influence_pipeline.plan import show_bytes
 
@@ -65,6 +65,8 @@ def named(cache: Cache, key: str) -> Path:
 def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
     """Return the folders of arrays that nothing refers to: no complete result, and not what is wanted now.
 
+    Retrained models, and what they measure, stay: they are for every solver, and expensive.
+
     Raises:
         CacheDamaged: a description is, so that it is not known what it refers to.
     """
@@ -75,7 +77,8 @@ def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
     for group in map(Group, cache.paths("s_test")):
         if group.path in keep:
             keep |= _reads(cache, group.attributes["reads"])
-    return [path for stage in FOLDERS for path in cache.paths(stage) if path not in keep and _may_go(path)]
+    folders = [stage for stage in FOLDERS if stage not in GROUND_TRUTH]
+    return [path for stage in folders for path in cache.paths(stage) if path not in keep and _may_go(path)]
 
 
 def _reads(cache: Cache, reads: Mapping[str, str]) -> set[Path]:
@@ -117,6 +120,13 @@ def _brief(stage: str, identity: dict[str, Any]) -> str:
     """Say in a line what a set of arrays is of."""
     if stage == "influence":
         return f"grad_z {identity['grad_z']}, s_test {identity['s_test']}, top_k {identity['top_k']}"
+    if stage == "retrained":
+        left_out = ", ".join(f"{name} {value}" for name, value in identity["left_out"].items())
+        return (
+            f"train {identity['train']}, {identity['retrain']['function']}, without {left_out}; seed {identity['seed']}"
+        )
+    if stage == "measured":
+        return f"of the models in retrained {identity['retrained']}"
     parts = [f"train {identity['train']}", f"weights {identity['weights']}", f"loss {identity['task']['losses']}"]
     if stage == "grad_z":
         parts.append(identity["encoding"])

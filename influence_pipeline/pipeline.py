@@ -17,13 +17,17 @@ from influence_pipeline.cache import Cache, Group, nearest
 from influence_pipeline.checks import Verification
 from influence_pipeline.context import Context
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
+from influence_pipeline.evaluate import Evaluation, evaluate
+from influence_pipeline.evaluate.left_out import listed
+from influence_pipeline.evaluate.truth import Measured, Truth
 from influence_pipeline.experiment import Experiment, load
 from influence_pipeline.influences import Influences
+from influence_pipeline.place import Place
 from influence_pipeline.plan import LARGE_BYTES, Plan, StagePlan, Suggestion, Timing, show_bytes
 from influence_pipeline.runner import Outcome
 from influence_pipeline.settings import Settings
 from influence_pipeline.work import DIGESTS, Work, pending
-from influence_pipeline.works import Place, Works
+from influence_pipeline.works import Works
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +196,41 @@ class Pipeline:
                 log.warning("%s", damage)
                 self._again(damage.path)
         raise CacheDamaged(f"{place.stage}/{place.name} was damaged {MOST_MENDS} times: look at the disk")
+
+    def evaluate(self, *tests: str, told: Callable[[str], None] = lambda line: None) -> dict[str, Evaluation]:
+        """Train the model again without some samples, as ``[evaluate]`` says, and compare that with the scores.
+
+        All that is missing is run first. Each retrained model is cached, and used for every solver and test set.
+
+        Args:
+            tests: names of test sets; all where none is given.
+            told: hears how many models are to be trained, and how long that takes, after the first of them.
+
+        Returns:
+            What was found, by test set.
+
+        Raises:
+            RequestError: the experiment has no ``retrain``, or scores are not stored.
+        """
+        found, truth = self.run(*tests), self._truth
+        return {name: evaluate(truth, influences, self.settings.evaluate, told) for name, influences in found.items()}
+
+    def retrained(self, tests: str, left_out: Sequence[Sequence[int]], seeds: int = 1) -> Measured:
+        """Train models without some training samples, if they are not cached, and measure them at a test set.
+
+        Args:
+            tests: the test set.
+            left_out: positions of the training samples that each model does without; none for a model of all.
+            seeds: each is trained with the seeds 0, 1, …
+
+        Raises:
+            RequestError: the experiment has no ``retrain``.
+        """
+        return self._truth.measured(tests, listed(left_out), seeds)
+
+    @property
+    def _truth(self) -> Truth:
+        return Truth(self._works, self._run)
 
     # ---- what is there -------------------------------------------------------------------------------------------
 
@@ -406,7 +445,7 @@ class Pipeline:
                     if damage.path is None:
                         self._mend(*self._places(self.tests))
                     else:
-                        self._again(damage.path)
+                        self._again(damage.path, place.models)
             return self._run_once(place, beside, measure=measure)
 
     def _refuse_gone(self, place: Place, damage: CacheDamaged) -> None:
@@ -445,10 +484,11 @@ class Pipeline:
             self._refuse_gone(place, damage)
             raise
 
-    def _again(self, path: Path) -> None:
-        """Compute what was discarded of another stage's arrays."""
+    def _again(self, path: Path, models: Place | None = None) -> None:
+        """Compute what was discarded of another stage's arrays, or of retrained models."""
         works = self._works
-        places = [works.grad_z_place(), works.curvature_place(), *(works.s_test_place(name) for name in self.tests)]
+        solved = (works.s_test_place(name) for name in self.tests)
+        places = [works.grad_z_place(), works.curvature_place(), *solved, models]
         for place in places:
             if place is not None and self.cache.path / place.stage / place.name == path:
                 self._run_once(place)

@@ -12,9 +12,9 @@ from types import MappingProxyType
 from influence_pipeline.cache import DESCRIPTION, Group, Layout, array_bytes
 from influence_pipeline.context import Context
 from influence_pipeline.errors import RequestError
+from influence_pipeline.place import Place
 from influence_pipeline.plan import Suggestion, block_rows, show_bytes, suggestions
 from influence_pipeline.work import Work
-from influence_pipeline.works import Place
 from stages.stage import Block, Grid
 
 SPARE = 16 * 2**20

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from influence_pipeline.errors import RequestError
-from stages.numbers import Count, Whole, no_switch
+from stages.numbers import Count, Fraction, Whole, no_switch
 from stages.projection import Projection
 from stages.s_test import solvers
 from stages.s_test.cg import Cg
@@ -127,6 +127,28 @@ class InfluenceSettings(_Section):
     store_scores: bool = True
 
 
+class EvaluateSettings(_Section):
+    """``[evaluate]``: which models are trained again to see whether scores are right.
+
+    Attributes:
+        subsets: random subsets of the training set for the linear datamodeling score, 0 for none.
+        share: of the training set that each of them keeps.
+        leave_one_out: single samples that are left out, 0 for none.
+        by: whether these are chosen at random, or are those with the largest mean size of scores.
+        shares: of the training set that are left out for curves, most helpful, most harmful or random samples first.
+        seeds: of training, for each of these; what is measured is averaged over them.
+        seed: of what is chosen at random.
+    """
+
+    subsets: Whole = 100
+    share: Fraction = 0.5
+    leave_one_out: Whole = 0
+    by: Literal["random", "influence"] = "random"
+    shares: tuple[Fraction, ...] = ()
+    seeds: Count = 3
+    seed: Whole = 0
+
+
 class RuntimeSettings(_Section):
     """``[runtime]``: changes no result beyond the rounding of float32.
 
@@ -178,6 +200,7 @@ class Settings(_Section):
         grad_z: see :class:`GradZSettings`.
         s_test: the solver's settings, chosen by ``solver``.
         influence: see :class:`InfluenceSettings`.
+        evaluate: see :class:`EvaluateSettings`.
         runtime: see :class:`RuntimeSettings`.
     """
 
@@ -187,6 +210,7 @@ class Settings(_Section):
     grad_z: GradZSettings = GradZSettings()
     s_test: AnySolver = Cg()
     influence: InfluenceSettings = InfluenceSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
     @model_validator(mode="after")
@@ -262,7 +286,7 @@ def _explain(error: ValidationError) -> str:
     """List what is wrong, a line for each setting."""
     lines: dict[str, list[str]] = {}
     sections: tuple[type[BaseModel], ...] = (
-        *(Settings, GradZSettings, Projection, InfluenceSettings, RuntimeSettings, TestSelection),
+        *(Settings, GradZSettings, Projection, InfluenceSettings, EvaluateSettings, RuntimeSettings, TestSelection),
         *solvers().values(),
     )
     known = {name for section in sections for name in section.model_fields} | {"relative"}
@@ -299,7 +323,8 @@ def _neighbours(place: tuple[str | int, ...]) -> Iterable[str]:
     if place[:2] == ("grad_z", "projection"):
         return Projection.model_fields
     sections: dict[Any, type[BaseModel]] = {
-        "grad_z": GradZSettings, "influence": InfluenceSettings, "runtime": RuntimeSettings, "tests": TestSelection
+        "grad_z": GradZSettings, "influence": InfluenceSettings, "evaluate": EvaluateSettings,
+        "runtime": RuntimeSettings, "tests": TestSelection,
     }  # fmt: skip
     return sections[place[0]].model_fields
 

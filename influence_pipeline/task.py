@@ -88,6 +88,10 @@ class Task:
             return None
         return targets.reshape(-1) if targets.numel() == len(targets) else None
 
+    def correct(self, outputs: Tensor, batch: Any) -> Tensor | None:
+        """Return whether the prediction for each sample is right, (B,); None where there is no such thing."""
+        return None
+
     @staticmethod
     def from_loss(loss: Callable[[Tensor, Tensor], Tensor], *, name: str, l2: float | dict[str, float] = 0.0) -> Task:
         """Make a task of a plain ``loss(outputs, targets) -> (B,)``.
@@ -128,6 +132,11 @@ class Classification(Task):
         """Return the cross-entropy of each sample, (B,)."""
         losses = functional.cross_entropy(outputs, targets_of(batch), reduction="none")
         return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+
+    def correct(self, outputs: Tensor, batch: Any) -> Tensor | None:
+        """Return whether the largest logit is that of the label, (B,); None for outputs of further dimensions."""
+        targets = targets_of(batch)
+        return outputs.argmax(1) == targets if outputs.ndim == 2 and targets.ndim == 1 else None
 
 
 class Regression(Task):

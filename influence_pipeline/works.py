@@ -7,7 +7,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,9 @@ from influence_pipeline.cache.encoding import round_trip
 from influence_pipeline.cache.record import digest
 from influence_pipeline.context import Context, sentinels
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
+from influence_pipeline.evaluate.truth import measured_work, retrained_work
 from influence_pipeline.influences import covering, read_by_scores
+from influence_pipeline.place import Place
 from influence_pipeline.plan import show_bytes
 from influence_pipeline.samples import DataSet, changed_samples
 from influence_pipeline.work import DIGESTS, Work, pending
@@ -36,22 +37,6 @@ log = logging.getLogger(__name__)
 
 SAME = 0.01
 """Largest relative difference between a cached gradient and the same one computed again, on another device perhaps."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a stage's arrays are: the stage, its group's name, its identity, and the test set that it is of."""
-
-    stage: str
-    name: str
-    identity: dict[str, Any]
-    tests: str | None = None
-    reads: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """What the group says of itself: ``reads`` names the groups that it was made of."""
-        return {"stage": self.stage, "tests": self.tests, "reads": self.reads, "identity": self.identity}
 
 
 class Works:
@@ -323,6 +308,8 @@ class Works:
                 return self._grad_z()
             if place.stage == "curvature":
                 return self._curvature()
+            if place.left_out is not None:
+                return retrained_work(self, place) if place.stage == "retrained" else measured_work(self, place)
             assert place.tests is not None
             if place.stage == "s_test":
                 return self._s_test(place.tests)

@@ -43,6 +43,9 @@ class TaskLike(Protocol):
     def labels(self, batch: Batch) -> Tensor | None:
         """Return each sample's label as a number, (B,), or None where there is none."""
 
+    def correct(self, outputs: Tensor, batch: Batch) -> Tensor | None:
+        """Return whether each sample's prediction is right, (B,), or None where nothing is predicted."""
+
 
 def select(model: nn.Module, globs: Sequence[str]) -> dict[str, nn.Parameter]:
     """Return the trainable parameters whose names match any glob, in the model's order; tied ones once.

@@ -35,7 +35,8 @@ from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError,
 FORMAT = 4
 STAGES = ("grad_z", "curvature", "s_test", "influence")
 """What a run goes through."""
-FOLDERS = (*STAGES, "self_influence", "newton", "retrained", "measured")
+GROUND_TRUTH = ("retrained", "measured")
+FOLDERS = (*STAGES, "self_influence", "newton", *GROUND_TRUTH)
 """All that may be cached: the stages of a run, and what is computed when it is asked for."""
 ALONE = "layout.claim"
 GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
@@ -47,6 +48,7 @@ __all__ = [
     "DESCRIPTION",
     "FOLDERS",
     "FORMAT",
+    "GROUND_TRUTH",
     "STAGES",
     "Cache",
     "Group",

@@ -14,6 +14,7 @@ from torch import Tensor
 from stages.batch import take
 from stages.grad_z import loop
 from stages.parameters import ModelFunction
+from stages.ranks import ranks
 from stages.stage import Array, Batch
 
 PROBES = 16
@@ -153,13 +154,7 @@ def _probes(entries: int) -> int:
 
 def spearman(first: Array, second: Array) -> float:
     """Return Spearman's rank correlation; equal numbers share the mean of their ranks. 1 where either is constant."""
-    a, b = (_ranks(values) for values in (first, second))
+    a, b = (ranks(values) for values in (first, second))
     a, b = a - a.mean(), b - b.mean()
     size = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / size if size else 1.0
-
-
-def _ranks(values: Array) -> Array:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Array = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return ranks
