@@ -98,7 +98,21 @@ class Layout:
 
     def block_files(self, block: Block) -> list[str]:
         """Return the names of all files that one block fills, its record aside."""
-        return [name for spec in self.stored for name in self.files(spec, spec.region(self.grid, block))]
+        return [pattern.format(*block.index) for pattern in self._patterns]
+
+    @functools.cached_property
+    def _patterns(self) -> list[str]:
+        """The names of the files of any block, with its index left open: a file along an axis is of one band."""
+        axes = {name: n for n, axis in enumerate(self.grid.axes) for name in (axis.name, f"{axis.name}_block")}
+        found = []
+        for spec in self.stored:
+            dims = zip(spec.dims, spec.shape, self.shard_shape(spec), strict=True)
+            spans = [
+                [f"{{{axes[dim]}}}"] if dim in axes else [str(i) for i in range(math.ceil(length / shard))]
+                for dim, length, shard in dims
+            ]
+            found += [f"{spec.name}/c/{'/'.join(index)}" for index in itertools.product(*spans)]
+        return found
 
     def merged_files(self) -> list[str]:
         """Return the names of all files that merging fills."""

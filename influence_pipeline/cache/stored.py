@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zarr.codecs import BloscCodec
 
 from influence_pipeline.cache.encoding import decode_into
 from influence_pipeline.cache.tiles import Region, Tiles
@@ -25,7 +26,8 @@ class StoredArray:
         self.shape: tuple[int, ...] = array.shape
         self.dtype: np.dtype[Any] = array.dtype
         self.path = path
-        self.tiles = Tiles(path, array) if array.shards else None
+        compressed = any(isinstance(codec, BloscCodec) for codec in array.compressors)
+        self.tiles = Tiles(path, array) if array.shape and compressed else None
         self._array = array
         self._suspect = suspect
 
@@ -37,7 +39,7 @@ class StoredArray:
             CacheDamaged: it is not as it was written, or was never written.
         """
         part = self.checked(index, lambda: self._part(index, strict=True))
-        if self.tiles is None:
+        if self.tiles is None or _region(index, self.shape) is None:
             lost = next((path for path in self._files(index) if not path.exists()), None)
             if lost is not None:
                 raise self.damaged(self._suspect(index) or f"{lost} is missing")

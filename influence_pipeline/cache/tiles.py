@@ -42,17 +42,17 @@ AHEAD = 2
 
 
 class Tiles:
-    """The files of one array."""
+    """The files of one array; those of a small one are one tile each, with nothing that says where it is."""
 
     def __init__(self, folder: Path, array: Any) -> None:
-        """Read and write the files of a zarr array that has shards, at a folder."""
+        """Read the files of a zarr array that are compressed, at a folder; write them where the array has shards."""
         self.shape: tuple[int, ...] = array.shape
         self.dtype: np.dtype[Any] = array.dtype
-        self.file_shape: tuple[int, ...] = array.shards
+        self.file_shape: tuple[int, ...] = array.shards or array.chunks
         self.tile_shape: tuple[int, ...] = array.chunks
         self.fill = array.fill_value
         self.counts = tuple(f // t for f, t in zip(self.file_shape, self.tile_shape, strict=True))
-        self._folder = folder
+        self._folder, self._has_index = folder, array.shards is not None
 
     def path(self, number: Sequence[int]) -> Path:
         """Return the path of a file by its position in the grid of files."""
@@ -97,8 +97,10 @@ class Tiles:
         Raises:
             ValueError: it is damaged.
         """
-        size = 16 * math.prod(self.counts) + CHECKSUM_BYTES
         length = file.seek(0, 2)
+        if not self._has_index:
+            return np.array([0, length]).reshape(*self.counts, 2)
+        size = 16 * math.prod(self.counts) + CHECKSUM_BYTES
         file.seek(max(0, length - size))
         raw = file.read(size)
         if len(raw) != size or raw[-CHECKSUM_BYTES:] != _checksum(raw[:-CHECKSUM_BYTES]):

@@ -14,7 +14,7 @@ import pytest
 import zarr
 
 import influence_pipeline as ip
-from influence_pipeline.cache import Cache, Group, Layout
+from influence_pipeline.cache import STAGES, Cache, Group, Layout
 from influence_pipeline.work import Work
 from stages.stage import ArraySpec, Axis, Block, Grid
 from tests import tiny
@@ -502,3 +502,13 @@ def test_zeros_are_written_not_left_out(group: Group) -> None:
     for name in of.block_files(block):
         assert (group.path / name).stat().st_size > 0
     assert (group.rows("vectors")[0:4] == 0).all()
+
+
+def test_the_files_of_a_block_are_those_of_its_region_of_each_array(finished: Path) -> None:
+    for stage in STAGES:
+        for group in Cache(finished).groups(stage):
+            for block in group.layout.grid:
+                regions = [(spec, spec.region(group.layout.grid, block)) for spec in group.layout.stored]
+                assert group.layout.block_files(block) == [
+                    name for spec, region in regions for name in group.layout.files(spec, region)
+                ]
