@@ -135,7 +135,8 @@ class EvaluateSettings(_Section):
         share: of the training set that each of them keeps.
         leave_one_out: single samples that are left out, 0 for none.
         by: whether these are chosen at random, or are those with the largest mean size of scores.
-        shares: of the training set that are left out for curves, most helpful, most harmful or random samples first.
+        shares: of the training set for curves: without the most helpful, the most harmful or random samples, and with
+            no more than the most helpful or random ones.
         seeds: of training, for each of these; what is measured is averaged over them.
         seed: of what is chosen at random.
     """

@@ -51,16 +51,16 @@ ENTRIES = 2**24
 
 @dataclass(frozen=True)
 class Curve:
-    """What is measured after training without a growing part of the training set.
+    """What is measured after training without a part of the training set, or with no more than that.
 
     Attributes:
-        order: which samples go first.
-        shares: of the training set that are left out.
+        trained: on which samples.
+        shares: of the training set that they are, or that is missing.
         measurement: mean over tests and seeds, one for each share.
         accuracy: likewise; NaN where there are no predictions.
     """
 
-    order: str
+    trained: str
     shares: tuple[float, ...]
     measurement: tuple[float, ...]
     accuracy: tuple[float, ...]
@@ -77,7 +77,7 @@ class Evaluation:
         lds: that score, None where it was not asked for.
         leave_one_out: None where it was not asked for.
         mislabelled: how well wrong labels are found, by what ranks the samples; empty where none are known.
-        curves: what is measured without the first samples of some rankings.
+        curves: what is measured after training without, or with no more than, the first samples of some rankings.
     """
 
     tests: str
@@ -110,7 +110,7 @@ class Evaluation:
             values = curve.accuracy if np.isfinite(curve.accuracy).all() else curve.measurement
             what = "accuracy" if values is curve.accuracy else "measurement"
             points = ", ".join(f"{share:.0%}: {value:.4g}" for share, value in zip(curve.shares, values, strict=True))
-            lines.append(f"  {what} without {curve.order}: {points}")
+            lines.append(f"  {what} {curve.trained}: {points}")
         return "\n".join(lines)
 
     def to_json(self, path: Path | str) -> None:
@@ -185,7 +185,7 @@ def evaluate(
     wrong = _wrong(influences, experiment.mislabelled)
     subsets = RandomSubsets(settings.subsets, count, settings.share, settings.seed)
     singles = _singles(influences, settings, count)
-    curves = _orders(influences, settings)
+    curves = _parts(influences, settings)
     wanted: list[LeftOut] = [one for one in (subsets, singles, *curves.values()) if one.count]
     if not wanted and wrong is None:
         raise RequestError("nothing to evaluate: [evaluate] asks for no retraining, and no wrong labels are known")
@@ -212,7 +212,7 @@ def evaluate(
         lds,
         one,
         {} if wrong is None else _detections(influences, wrong),
-        tuple(_curve(order, left_out, count, measured(left_out)) for order, left_out in curves.items()),
+        tuple(_curve(trained, settings.shares, measured(left_out)) for trained, left_out in curves.items()),
     )
 
 
@@ -237,22 +237,34 @@ def _singles(influences: Influences, settings: EvaluateSettings, count: int) -> 
     return listed([[i] for i in np.argsort(-size, kind="stable")[: settings.leave_one_out].tolist()])
 
 
-def _orders(influences: Influences, settings: EvaluateSettings) -> dict[str, LeftOut]:
-    """Return what is left out along each curve, by what goes first."""
+def _parts(influences: Influences, settings: EvaluateSettings) -> dict[str, LeftOut]:
+    """Return what is left out along each curve, by what its models are trained on."""
     if not settings.shares:
         return {}
     mean = -influences.mean_scores() if influences.higher_is_better else influences.mean_scores()
-    order, count = np.argsort(-mean, kind="stable"), len(mean)
+    helpful, count = np.argsort(-mean, kind="stable"), len(mean)
     at_random = np.random.default_rng(settings.seed).permutation(count)
-    orders = {"the most helpful": order, "the most harmful": order[::-1], "random samples": at_random}
-    sizes = [min(count - 1, round(share * count)) for share in settings.shares]
-    return {name: listed([positions[:size].tolist() for size in sizes]) for name, positions in orders.items()}
+    sizes = [max(1, min(count - 1, round(share * count))) for share in settings.shares]
+
+    def without(order: Array) -> LeftOut:
+        return listed([order[:size].tolist() for size in sizes])
+
+    def with_only(order: Array) -> LeftOut:
+        return listed([order[size:].tolist() for size in sizes])
+
+    return {
+        "without the most helpful": without(helpful),
+        "without the most harmful": without(helpful[::-1]),
+        "without random samples": without(at_random),
+        "with the most helpful alone": with_only(helpful),
+        "with random samples alone": with_only(at_random),
+    }
 
 
-def _curve(order: str, left_out: LeftOut, count: int, found: Measured) -> Curve:
+def _curve(trained: str, shares: tuple[float, ...], found: Measured) -> Curve:
     return Curve(
-        order,
-        tuple(len(left_out[number]) / count for number in range(left_out.count)),
+        trained,
+        shares,
         tuple(found.values.mean(axis=(0, 2)).tolist()),
         tuple(found.correct.mean(axis=(0, 2), dtype=np.float64).tolist()),
     )

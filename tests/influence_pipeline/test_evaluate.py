@@ -187,10 +187,13 @@ def test_wrong_labels_and_curves(cache: Path) -> None:
     assert found.lds is None
     assert found.mislabelled["training loss"].auc == 1.0
     assert found.mislabelled["training loss"].found[1] == 1.0
-    curves = {curve.order: curve for curve in found.curves}
-    assert curves["the most harmful"].shares == (0.1, 0.5)
-    assert curves["the most harmful"].measurement[0] < curves["random samples"].measurement[0]
-    assert curves["the most helpful"].measurement[1] > curves["random samples"].measurement[1]
+    curves = {curve.trained: curve for curve in found.curves}
+    assert curves["without the most harmful"].shares == (0.1, 0.5)
+    at_random, alone = curves["without random samples"].measurement, curves["with random samples alone"].measurement
+    assert curves["without the most harmful"].measurement[0] < at_random[0]
+    assert curves["without the most helpful"].measurement[1] > at_random[1]
+    assert curves["with the most helpful alone"].measurement[1] < alone[1]
+    assert sorted(TRAINED) == [4, 4, 20, 20, 20, 20, 20, 36, 36, 36]
     assert all(np.isnan(curve.accuracy).all() for curve in curves.values())
 
 
