@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from influence_pipeline.influences import Influences
     from influence_pipeline.pipeline import Pipeline
     from influence_pipeline.samples import per_class
+    from influence_pipeline.self_influences import SelfInfluence
     from influence_pipeline.settings import Settings
     from influence_pipeline.task import Classification, LanguageModel, Regression, Task
 
@@ -38,6 +39,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "Regression": "task",
     "RequestError": "errors",
+    "SelfInfluence": "self_influences",
     "Settings": "settings",
     "Task": "task",
     "WorkError": "errors",
@@ -56,6 +58,7 @@ __all__ = [
     "Pipeline",
     "Regression",
     "RequestError",
+    "SelfInfluence",
     "Settings",
     "Task",
     "WorkError",

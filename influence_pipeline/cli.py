@@ -126,9 +126,11 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="compute a block of each stage, keep it, and say what all would take")
     ] = False,
+    self_influence: Annotated[bool, typer.Option("--self-influence", help="also what that would take")] = False,
 ) -> None:
     """Say what is cached, what is missing and what it would take; compute nothing unless that is to be measured."""
-    typer.echo(ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature).plan(*tests or (), measure=measure))
+    pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature)
+    typer.echo(pipeline.plan(*tests or (), measure=measure, self_influence=self_influence))
 
 
 @app.command("grad-z")
@@ -156,6 +158,25 @@ def influence(settings: SettingsFile, tests: TestNames = None, keep_curvature: K
     pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature)
     for name, found in pipeline.influences(*(tests or ())).items():
         _summary(name, found)
+
+
+@app.command("self-influence")
+@_guarded
+def self_influence(
+    settings: SettingsFile,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="how many ids; default 10")] = None,
+    keep_curvature: Keep = False,
+) -> None:
+    """Compute the influence of every training sample on its own loss; print the highest."""
+    found = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature).self_influence()
+    ids, values = found.highest(min(10, len(found.ids)) if k is None else k)
+    typer.echo(
+        f"highest self-influence of {len(found.ids)} training samples "
+        f"(λ = {found.damping:.4g}, largest residual {found.residual.max():.2g})"
+    )
+    for i, value in zip(ids, values, strict=True):
+        typer.echo(f"{i:>8}  {value:+.3e}{_label(found.labels, int((found.ids == i).argmax()))}")
+    typer.echo(f"in {found.path}")
 
 
 @app.command()

@@ -183,6 +183,11 @@ class Context:
         prepares = self.settings.s_test.preparation()
         return None if prepares is None else {**self.basis(), "l2": plain(self.experiment.task.l2), **prepares}
 
+    def self_influence_identity(self) -> dict[str, Any]:
+        """Return what the self-influence of the training samples depends on."""
+        solver = self.settings.s_test.model_dump(mode="json")
+        return {**self.grad_z_identity(), "l2": plain(self.experiment.task.l2), "s_test": solver}
+
     def s_test_identity(self, tests: str) -> dict[str, Any]:
         """Return what the solutions for a test set depend on."""
         return {
@@ -197,6 +202,11 @@ class Context:
 def sentinels(count: int) -> list[int]:
     """Return at most ``SENTINELS`` positions, spread evenly over ``count``."""
     return sorted({i * count // SENTINELS for i in range(SENTINELS)}) if count > SENTINELS else list(range(count))
+
+
+def check_fixed(data: DataSet) -> None:
+    """Refuse a data set that gives other samples when asked twice."""
+    data.check_fixed(sentinels(len(data))[::4])
 
 
 def _selected(experiment: Experiment, settings: Settings) -> dict[str, PerClass]:

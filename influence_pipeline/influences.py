@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from influence_pipeline.by_parameter import columns_by_parameter, grouped, products
-from influence_pipeline.cache import Cache, Group, told_apart
+from influence_pipeline.cache import Cache, Group, group_name, told_apart
 from influence_pipeline.cache.record import digest
 from influence_pipeline.errors import CacheDamaged, MissingStage, RequestError, WorkError
+from influence_pipeline.relative import KINDS, Relative, Scaled, inverse, ranked, read_rows, row_norms
 from stages.influence.ranking import bottom_k, top_k
 from stages.stage import Array, Block, Grid
 
@@ -43,7 +44,7 @@ class Influences:
 
     def __init__(self, cache: Cache, group: Group, seconds: float = 0.0) -> None:
         """Read results; use :meth:`open` or a Pipeline."""
-        self._group = group
+        self._cache, self._group = cache, group
         identity = group.attributes["identity"]
         self.tests: str = group.attributes["tests"]
         self.key = group.path.name.removeprefix(f"{self.tests}-")
@@ -79,12 +80,8 @@ class Influences:
             what = f"{tests!r}" + (f" with key {key}" if key else "")
             raise MissingStage(f"no results for {what} in {folder.path}; there is: {', '.join(there)}")
         if len(found) > 1:
-            differing = told_apart([_whole_identity(folder, group) for group in found])
-            lines = [
-                f'  key="{group.path.name.removeprefix(f"{tests}-")}"  {what}'
-                for group, what in zip(found, differing, strict=True)
-            ]
-            raise RequestError(f"several results for {tests!r} in {folder.path}; choose one:\n" + "\n".join(lines))
+            whole = {group.path.name.removeprefix(f"{tests}-"): _whole_identity(folder, group) for group in found}
+            refuse_several(whole, f"results for {tests!r} in {folder.path}")
         group = found[0]
         again = "run the pipeline again, it is made anew"
         if not group.merged():
@@ -155,37 +152,63 @@ class Influences:
             RequestError: an id or a glob is not there, or the parameters share their coordinates.
             MissingStage: gradients or solutions are not in the cache, or others than these scores are of.
         """
-        if self._trained is None:
-            raise MissingStage(
-                "no scores by parameter: the gradients are not in the cache. They were removed, or never kept "
-                "([grad_z] store = false): run grad_z with store = true"
-            )
-        if self._solved is None:
-            raise MissingStage("no scores by parameter: the solutions were removed: run s_test again")
-        columns = columns_by_parameter(self._trained.attributes["identity"])
+        solved, trained = self._inputs("scores by parameter")
+        columns = columns_by_parameter(trained.attributes["identity"])
         names = grouped(list(columns), layers)
         rows = _positions(self.test_ids, self.test_ids if tests is None else tests, "test")
         ids = _positions(self.train_ids, samples, "training")
-        self._refuse_other_inputs(rows, ids)
-        found = products(self._solved, self._trained, rows, ids, columns)
+        self._refuse_other_inputs(rows, ids, "scores by parameter")
+        found = products(solved, trained, rows, ids, columns)
         of_names = {name: np.sum([found.pop(one) for one in own], axis=0) for name, own in names.items()}
         return {name: (total / self.curvature_samples).astype(np.float32) for name, total in of_names.items()}
 
-    def helpful(self, k: int = 10) -> tuple[Array, Array]:
+    def relative_scores(self, relative: Relative, tests: Sequence[int] | Array | None = None) -> Array:
+        """Return scores relative to norms, (t, N) float32.
+
+        Samples that weigh on every test, as outliers and wrong labels do, have large scores on all of them; relative
+        to what they do anyway, those come first that matter for this test. With s the solution of a test and g the
+        gradient of a training sample:
+
+        - ``"cosine"``: sᵀg / (|s| |g|), within ±1 but for the encoding of g;
+        - ``"l-relatif"``: sᵀg / √(gᵀ(H + λI)⁻¹g) and ``"theta-relatif"``: sᵀg / |(H + λI)⁻¹g|, of Barshan et al.
+          (2020). They need :meth:`Pipeline.self_influence`.
+
+        A sample whose gradient is zero, and a test whose solution is, have 0.
+
+        Args:
+            relative: to which norms.
+            tests: ids of test samples (t); by default all.
+
+        Raises:
+            RequestError: an id is not there, or scores were not stored.
+            MissingStage: what norms are of is not in the cache, or other than what these scores are of.
+        """
+        positions = _positions(self.test_ids, self.test_ids if tests is None else tests, "test")
+        return read_rows(self._relative(relative), positions, self._tile)
+
+    def helpful(self, k: int = 10, relative: Relative | None = None) -> tuple[Array, Array]:
         """Return ids (T, k) int64 and scores (T, k) float32, most helpful first; equal scores by ascending id.
 
+        Args:
+            k: ranks.
+            relative: rank by scores relative to these norms, and return them; see :meth:`relative_scores`.
+
         Raises:
             RequestError: k is more than there are, or more than were kept.
         """
-        return self._ranked("harmful" if self.higher_is_better else "helpful", k)
+        return self._ranked("harmful" if self.higher_is_better else "helpful", k, relative)
 
-    def harmful(self, k: int = 10) -> tuple[Array, Array]:
+    def harmful(self, k: int = 10, relative: Relative | None = None) -> tuple[Array, Array]:
         """Return ids (T, k) int64 and scores (T, k) float32, most harmful first; equal scores by ascending id.
 
+        Args:
+            k: ranks.
+            relative: rank by scores relative to these norms, and return them; see :meth:`relative_scores`.
+
         Raises:
             RequestError: k is more than there are, or more than were kept.
         """
-        return self._ranked("helpful" if self.higher_is_better else "harmful", k)
+        return self._ranked("helpful" if self.higher_is_better else "harmful", k, relative)
 
     def mean_scores(self) -> Array:
         """Return the scores averaged over the tests, (N,) float32."""
@@ -307,19 +330,25 @@ class Influences:
 
     # ---- rankings ------------------------------------------------------------------------------------------------
 
-    def _ranked(self, side: str, k: int) -> tuple[Array, Array]:
+    def _ranked(self, side: str, k: int, relative: Relative | None) -> tuple[Array, Array]:
         self._check_k(k)
         kept = self._group.array(f"{side}_ids")
-        if k <= kept.shape[1]:
+        if relative is None and k <= kept.shape[1]:
             return kept[:, :k], self._group.array(f"{side}_scores")[:, :k]
-        if "scores" not in self._group:
+        if relative is None and "scores" not in self._group:
             raise RequestError(
                 f"k = {k}, and {kept.shape[1]} ranks were kept: run with a larger influence.top_k, "
                 "or with influence.store_scores = true"
             )
+        scores = self._group.array("scores") if relative is None else self._relative(relative)
         pick = top_k if side == "helpful" else bottom_k
-        rows = [pick(self._group.array("scores")[row : row + 1], self.train_ids, k) for row in range(len(self))]
-        return np.concatenate([ids for ids, _ in rows]), np.concatenate([scores for _, scores in rows])
+        return ranked(scores, self.train_ids, k, pick, self._tile)
+
+    @property
+    def _tile(self) -> tuple[int, int]:
+        """How many rows and columns of the scores are best read at once."""
+        tests, samples = self._group.zarr_array("scores").chunks
+        return tests, samples
 
     def _ranked_ids(self, side: str, row: int, k: int) -> list[int]:
         if self.higher_is_better:
@@ -337,33 +366,95 @@ class Influences:
         ids, scores = pick(self.mean_scores()[None], self.train_ids, k)
         return ids[0], scores[0]
 
-    def _refuse_other_inputs(self, tests: Array, samples: Array) -> None:
+    def _relative(self, relative: Relative) -> Scaled:
+        """Return the scores relative to norms.
+
+        Raises:
+            RequestError: there are no such norms, or scores were not stored.
+            MissingStage: what the norms are of is not in the cache, or other than what the scores are of.
+        """
+        if relative not in KINDS:
+            raise RequestError(f"relative = {relative!r}: must be one of {', '.join(map(repr, KINDS))}")
+        if "scores" not in self._group:
+            raise RequestError(
+                "relative scores are made of the stored ones, and these were not (influence.store_scores = false): "
+                "run with store_scores = true"
+            )
+        solved, trained = self._inputs("relative scores")
+        self._refuse_other_inputs(np.arange(len(self)), np.arange(len(self.train_ids)), "relative scores")
+        scores, over = self._group.array("scores"), float(self.curvature_samples)
+        if relative == "cosine":
+            tests = row_norms(solved.rows("vectors"), solved.zarr_array("vectors").chunks)
+            return Scaled(scores, over * inverse(tests), inverse(trained.array("norm")[:]))
+        group = self._self_influence(solved, trained)
+        if relative == "theta-relatif":
+            norms = group.array("change")[:]
+        else:  # below zero is what a solver has left of nearly nothing
+            norms = np.sqrt(over * np.maximum(group.array("self_influence")[:], 0, dtype=np.float64))
+        return Scaled(scores, np.full(len(self), over), inverse(norms))
+
+    def _inputs(self, what: str) -> tuple[Group, Group]:
+        """Return the solutions and the gradients that the scores are of.
+
+        Raises:
+            MissingStage: they are not in the cache; ``what`` is missed.
+        """
+        if self._trained is None:
+            raise MissingStage(
+                f"no {what}: the gradients are not in the cache. They were removed, or never kept "
+                "([grad_z] store = false): run grad_z with store = true"
+            )
+        if self._solved is None:
+            raise MissingStage(f"no {what}: the solutions were removed: run s_test again")
+        return self._solved, self._trained
+
+    def _self_influence(self, solved: Group, trained: Group) -> Group:
+        """Return the self-influence of the training samples under the curvature that solutions are of.
+
+        Raises:
+            MissingStage: it is not in the cache, not complete, or of other gradients or another curvature.
+        """
+        of = {name: solved.attributes["identity"][name] for name in ("l2", "s_test")}
+        group = self._cache.find("self_influence", group_name(None, {**trained.attributes["identity"], **of}))
+        prepared = prepared_contents(self._prepared)
+
+        def there(block: Block) -> bool:
+            assert group is not None
+            record, samples = group.whole(block), block.bounds["sample"]
+            gradients = trained.contents(covering(trained.layout.grid, samples))
+            now = read_by_self_influence(block, gradients, prepared, self.curvature_samples, self.train_ids)
+            return record is not None and record.inputs == now
+
+        grid = None if group is None else group.layout.grid
+        if group is None or grid is None or grid.axes[0].length != len(self.train_ids) or not all(map(there, grid)):
+            raise MissingStage(
+                "the self-influence of the training samples, under the solver of these scores, is not in the cache, "
+                "or not complete. First: pipeline.self_influence(), or `influence-pipeline self-influence …`"
+            )
+        return group
+
+    def _refuse_other_inputs(self, tests: Array, samples: Array, what: str) -> None:
         """Refuse gradients and solutions that the scores of some pairs are not of.
 
         Raises:
-            MissingStage: they changed since.
+            MissingStage: they changed since; ``what`` is missed.
         """
-        assert self._solved is not None
-        assert self._trained is not None
+        solved, trained = self._inputs(what)
         of_tests, of_samples = self._group.layout.grid.axes
         for test, sample in itertools.product(set(tests // of_tests.band), set(samples // of_samples.band)):
             block = self._group.layout.grid.block((int(test), int(sample)))
             record = self._group.record(block)
-            solutions = self._solved.contents(covering(self._solved.layout.grid, block.bounds["test"]))
-            gradients = self._trained.contents(covering(self._trained.layout.grid, block.bounds["sample"]))
+            solutions = solved.contents(covering(solved.layout.grid, block.bounds["test"]))
+            gradients = trained.contents(covering(trained.layout.grid, block.bounds["sample"]))
             now = read_by_scores(block, solutions, gradients, self.curvature_samples, self.train_ids, self.test_ids)
             if record is None or record.inputs != now:
                 raise MissingStage(
-                    "no scores by parameter: gradients or solutions in the cache are others than these scores are of: "
+                    f"no {what}: gradients or solutions in the cache are others than these scores are of: "
                     "run the pipeline again"
                 )
 
     def _check_k(self, k: Any) -> None:
-        whole = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
-        if not whole or not 0 < k <= len(self.train_ids):
-            raise RequestError(
-                f"k = {k!r}: there are {len(self.train_ids)} training samples, and k is a whole number from 1 to that"
-            )
+        check_k(k, len(self.train_ids))
 
     def _label(self, row: int) -> int | float | None:
         if self._solved is None:
@@ -372,6 +463,39 @@ class Influences:
         if math.isnan(label):
             return None
         return int(label) if label.is_integer() else label
+
+
+def check_k(k: Any, count: int) -> None:
+    """Refuse a number of ranks that there are not.
+
+    Raises:
+        RequestError: it is none, or more than training samples.
+    """
+    whole = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
+    if not whole or not 0 < k <= count:
+        raise RequestError(f"k = {k!r}: there are {count} training samples, and k is a whole number from 1 to that")
+
+
+def refuse_several(identities: Mapping[str, Mapping[str, Any]], what: str) -> None:
+    """Refuse to choose one of several results, given what each depends on by its key.
+
+    Raises:
+        RequestError: with what tells them apart.
+    """
+    differing = zip(identities, told_apart(list(identities.values())), strict=True)
+    raise RequestError(f"several {what}; choose one:\n" + "\n".join(f'  key="{key}"  {how}' for key, how in differing))
+
+
+def read_by_self_influence(
+    block: Block, gradients: bytes, prepared: bytes, curvature_samples: int, train_ids: Array
+) -> bytes:
+    """Return a digest of what a block of self-influence is of, given those of what it reads."""
+    return digest([gradients, prepared, curvature_samples.to_bytes(8, "little"), train_ids[block.bounds["sample"]]])
+
+
+def prepared_contents(prepared: Group | None) -> bytes:
+    """Return a digest of what a solver prepared."""
+    return digest([]) if prepared is None else prepared.contents(prepared.layout.grid)
 
 
 def read_by_scores(

@@ -65,7 +65,8 @@ def named(cache: Cache, key: str) -> Path:
 def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
     """Return the folders of arrays that nothing refers to: no complete result, and not what is wanted now.
 
-    Retrained models, and what they measure, stay: they are for every solver, and expensive.
+    Self-influence stays as long as the gradients that it is of. Retrained models, and what they measure, stay: they
+    are for every solver, and expensive.
 
     Raises:
         CacheDamaged: a description is, so that it is not known what it refers to.
@@ -74,7 +75,10 @@ def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
     for group in map(Group, cache.paths("influence")):
         if group.finished:
             keep |= {group.path, *_reads(cache, group.attributes["reads"])}
-    for group in map(Group, cache.paths("s_test")):
+    for group in map(Group, cache.paths("self_influence")):
+        if cache.path / "grad_z" / group.attributes["reads"]["grad_z"] in keep:
+            keep.add(group.path)
+    for group in (*map(Group, cache.paths("s_test")), *map(Group, cache.paths("self_influence"))):
         if group.path in keep:
             keep |= _reads(cache, group.attributes["reads"])
     folders = [stage for stage in FOLDERS if stage not in GROUND_TRUTH]
@@ -128,9 +132,9 @@ def _brief(stage: str, identity: dict[str, Any]) -> str:
     if stage == "measured":
         return f"of the models in retrained {identity['retrained']}"
     parts = [f"train {identity['train']}", f"weights {identity['weights']}", f"loss {identity['task']['losses']}"]
-    if stage == "grad_z":
+    if stage in ("grad_z", "self_influence"):
         parts.append(identity["encoding"])
-    if stage == "s_test":
+    if stage in ("s_test", "self_influence"):
         parts += [f"{name} {value}" for name, value in identity["s_test"].items()]
     if stage == "curvature":
         parts += [f"{name} {identity[name]}" for name in ("curvature", "l2")]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from influence_pipeline import checks, inventory, room, runner
 from influence_pipeline.cache import Cache, Group, nearest
@@ -25,6 +25,7 @@ from influence_pipeline.influences import Influences
 from influence_pipeline.place import Place
 from influence_pipeline.plan import LARGE_BYTES, Plan, StagePlan, Suggestion, Timing, show_bytes
 from influence_pipeline.runner import Outcome
+from influence_pipeline.self_influences import SelfInfluence
 from influence_pipeline.settings import Settings
 from influence_pipeline.work import DIGESTS, Work, pending
 from influence_pipeline.works import Works
@@ -32,6 +33,7 @@ from influence_pipeline.works import Works
 log = logging.getLogger(__name__)
 
 Source = Experiment | Callable[[], Experiment] | str
+Result = TypeVar("Result")
 MOST_FINISHING = 60.0
 """Seconds that a plan may take to complete what was measured, where other stages need it."""
 MOST_MENDS = 8
@@ -143,6 +145,26 @@ class Pipeline:
         self._seconds[tests] = self._seconds.get(tests, 0.0) + seconds + outcome.seconds
         return outcome
 
+    def self_influence(self) -> SelfInfluence:
+        """Compute the missing self-influence of training samples, after what the solver prepares.
+
+        These are as many solutions as there are training samples: little for ``exact``, and for an iterative solver
+        as much for each as for a test sample. ``plan(self_influence=True)`` counts them.
+
+        Raises:
+            MissingStage: gradients are not complete; the message has the call that makes them.
+            CacheDamaged: what was written is damaged again and again.
+        """
+        works = self._works
+        place, gradients, prepared = works.self_influence_place(), works.grad_z_place(), works.curvature_place()
+        self._mend(gradients, prepared)
+        if self.settings.grad_z.store:
+            self._check_data(gradients)
+            works.require(gradients)
+        if prepared:
+            self._run(prepared)
+        return self._result(place, lambda group, seconds: SelfInfluence.read(self.cache, group))
+
     def influence(self, tests: str) -> Influences:
         """Compute the scores and rankings that are missing.
 
@@ -182,14 +204,31 @@ class Pipeline:
         return found
 
     def _influence(self, place: Place, beside: Sequence[Place]) -> Influences:
-        works, tests = self._works, str(place.tests)
+        def read(group: Group, seconds: float) -> Influences:
+            tests = str(place.tests)
+            self._seconds[tests] = self._seconds.get(tests, 0.0) + seconds
+            return Influences(self.cache, group, self._seconds[tests])
+
+        return self._result(place, read, beside)
+
+    def _result(self, place: Place, read: Callable[[Group, float], Result], beside: Sequence[Place] = ()) -> Result:
+        """Compute what is missing of a stage and read it; what is found damaged then is computed anew.
+
+        Args:
+            place: of the stage.
+            read: reads it, given the seconds that computing took.
+            beside: scores to compute with these.
+
+        Raises:
+            CacheDamaged: it is damaged again and again.
+        """
         self._mend(place)
         for _ in range(MOST_MENDS):
-            self._seconds[tests] = self._seconds.get(tests, 0.0) + self._run(place, beside).seconds
-            group = works.find(place)
+            seconds = self._run(place, beside).seconds
+            group = self._works.find(place)
             assert group is not None
             try:
-                return Influences(self.cache, group, self._seconds[tests])
+                return read(group, seconds)
             except CacheDamaged as damage:
                 if damage.path is None:
                     raise
@@ -245,9 +284,7 @@ class Pipeline:
         """
         names = tests or self.tests
         # What is damaged stands in what is returned, so that it is not said at once, too.
-        return checks.verify(
-            self._works, names, sample, lambda: self._mend(*self._places(self.tests), said=logging.INFO)
-        )
+        return checks.verify(self._works, names, sample, lambda: self._mend(*self._known(), said=logging.INFO))
 
     def refresh(self, *tests: str) -> dict[str, list[int]]:
         """Read all samples again, and discard what is cached of those that changed, for the next run to compute.
@@ -294,16 +331,19 @@ class Pipeline:
         except MissingStage as missing:
             raise WorkError(f"something that this run computed was removed meanwhile: run again ({missing})") from None
 
-    def plan(self, *tests: str, measure: bool = False) -> Plan:
+    def plan(self, *tests: str, measure: bool = False, self_influence: bool = False) -> Plan:
         """Say what is there and what a run would take, for some test sets or all.
 
         Args:
             tests: names of test sets; all where none is given.
             measure: compute a block of each stage, or two where one is short, keep them, and say what the others take
                 by that; otherwise nothing is computed.
+            self_influence: also what :meth:`self_influence` would take, which is no part of a run and not measured.
         """
         names, context = self._named(tests), self._works.context
         places = self._places(names)
+        if self_influence:
+            places.append(self._works.self_influence_place())
         for place in places:
             self._check_data(place)
         timings = self._measure(names) if measure else {}
@@ -399,8 +439,11 @@ class Pipeline:
 
     def garbage(self) -> list[Path]:
         """Return the folders of what is cached and belongs to no complete result, nor to this experiment as it is."""
-        places = self._places(self.tests)
-        return inventory.garbage(self.cache, [self.cache.path / place.stage / place.name for place in places])
+        return inventory.garbage(self.cache, [self.cache.path / place.stage / place.name for place in self._known()])
+
+    def _known(self) -> list[Place]:
+        """Return where all is that may be computed of this experiment as it is."""
+        return [*self._places(self.tests), self._works.self_influence_place()]
 
     def _places(self, tests: Sequence[str]) -> list[Place]:
         """Return where all stages are, in the order in which they are run."""
@@ -443,7 +486,7 @@ class Pipeline:
                     last = str(damage)
                     log.warning("%s", damage)
                     if damage.path is None:
-                        self._mend(*self._places(self.tests))
+                        self._mend(*self._known())
                     else:
                         self._again(damage.path, place.models)
             return self._run_once(place, beside, measure=measure)

@@ -141,6 +141,22 @@ def reads(
     return Reads(read_rows, columns, min(tile, columns), passes, fixed + per_column * columns)
 
 
+def rows_memory(dim: int, rows: int, *, computed: bool, encoding: str) -> tuple[int, int]:
+    """Return what gradients hold beside whole rows that are read of them: between reads, and while one goes on.
+
+    Args:
+        dim: D.
+        rows: of a block.
+        computed: gradients are computed as they are read, a whole block at a time, and this one is kept; otherwise
+            they are read tile by tile.
+        encoding: how they are kept.
+    """
+    if computed:
+        return 4 * rows * dim, 3 * 4 * rows * dim
+    tile = 2 * math.prod(tile_shape((rows, dim))) * np.dtype(encoding).itemsize  # compressed, and as kept
+    return tile, tile
+
+
 def gradients_memory(dim: int, rows: int, batch: int, itemsize: int, encoding: str) -> int:
     """Return what gradients hold at once while they are computed, encoded and written.
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_pipeline import plan
+from influence_pipeline import plan, self_influence_work
 from influence_pipeline.cache import Cache, Group, group_name
 from influence_pipeline.cache.encoding import round_trip
 from influence_pipeline.cache.record import digest
-from influence_pipeline.context import Context, sentinels
+from influence_pipeline.context import Context, check_fixed, sentinels
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
 from influence_pipeline.evaluate.truth import measured_work, retrained_work
 from influence_pipeline.influences import covering, read_by_scores
@@ -262,6 +262,12 @@ class Works:
             "s_test", group_name(tests, identity), identity, tests, {"curvature": prepared.name} if prepared else {}
         )
 
+    def self_influence_place(self) -> Place:
+        """Return where the self-influence of the training samples is."""
+        identity, prepared = self.context.self_influence_identity(), self.curvature_place()
+        reads = {"grad_z": self.grad_z_place().name, **({"curvature": prepared.name} if prepared else {})}
+        return Place("self_influence", group_name(None, identity), identity, reads=reads)
+
     def influence_place(self, tests: str) -> Place:
         """Return where a test set's scores and rankings are."""
         reads = {"grad_z": self.grad_z_place().name, "s_test": self.s_test_place(tests).name}
@@ -310,6 +316,8 @@ class Works:
                 return self._curvature()
             if place.left_out is not None:
                 return retrained_work(self, place) if place.stage == "retrained" else measured_work(self, place)
+            if place.stage == "self_influence":
+                return self_influence_work.work(self)
             assert place.tests is not None
             if place.stage == "s_test":
                 return self._s_test(place.tests)
@@ -340,7 +348,7 @@ class Works:
             return max(gradients, choosing_bytes(context.function)) + min(batch, rows) * kept
 
         def before() -> None:
-            _check_fixed(context.train)
+            check_fixed(context.train)
             self.check_code()
             self._resume(place, gradients=stage.per_sample.batch)
 
@@ -436,7 +444,7 @@ class Works:
             return stage.held_bytes(min(stage.rows_at_once, rows, len(data)))
 
         def before() -> None:
-            _check_fixed(data)
+            check_fixed(data)
             self.check_code()
             self.check_measurement(tests)
             batches = {"gradients": stage.per_sample.batch, curvature.kind: curvature.batch}
@@ -600,7 +608,7 @@ class Works:
             for read in self.read_by_influence([tests, *(str(other.tests) for other in beside)]):
                 self.require(read)
             if computed:
-                _check_fixed(context.train)
+                check_fixed(context.train)
 
         of = "the training set, computing gradients" if computed else "grad_z"
         return Work(
@@ -621,7 +629,12 @@ class Works:
         if not self.settings.grad_z.store:
 
             def rows(block: Block) -> Array:
-                return round_trip(stage.compute(block)["gradients"], encoding)
+                found, done = np.empty((block.rows, context.dim), np.float32), 0
+                for part in stage.parts(block):  # none of which is held longer
+                    if (gradients := part.get("gradients")) is not None:
+                        found[done : done + len(gradients)] = round_trip(gradients, encoding)
+                        done += len(gradients)
+                return found
 
             def of_band(band: slice) -> bytes:
                 return digest([context.train.digests(range(band.start, band.stop))])
@@ -711,8 +724,3 @@ def _joined(parts: Iterable[slice]) -> list[slice]:
             part = slice(found.pop().start, part.stop)
         found.append(part)
     return found
-
-
-def _check_fixed(data: DataSet) -> None:
-    """Refuse a data set that gives other samples when asked twice."""
-    data.check_fixed(sentinels(len(data))[::4])

@@ -6,9 +6,11 @@ Nothing here knows of files, processes or progress bars. The stages, and what ea
             │                              │
             ├────► curvature               │         what a solver prepares once: eigenvalues, dense H, …
             │          │                   │
-            ├──────────┴──► s_test         │         S (T, D)    (H + λI)⁻¹ ∇M of each test sample
-    test set                   │           │
-                               └───────────┴──► influence        scores (T, N) = S Gᵀ / N, rankings, averages
+            ├──────────┼──► s_test         │         S (T, D)    (H + λI)⁻¹ ∇M of each test sample
+    test set           │       │           │
+                       │       └───────────┼──► influence        scores (T, N) = S Gᵀ / N, rankings, averages
+                       │                   │
+                       └───────────────────┴──► self_influence   (N,) gᵢᵀ (H + λI)⁻¹ gᵢ / N, where it is asked for
 
 ``scores[t, i]`` predicts the measurement of test sample t after training without sample i, minus what it is now:
 positive means that it would rise. For a loss, positive is helpful and negative is harmful.

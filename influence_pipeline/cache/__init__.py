@@ -7,6 +7,7 @@
         curvature/<key>/        what a solver prepares once · digests
         s_test/<set>-<key>/     vectors (test, coordinate) · residual, iterations, … · digests · blocks
         influence/<set>-<key>/  scores (test, sample) · helpful_ids, … (test, rank) · offset · … · blocks
+        self_influence/<key>/   self_influence, change, residual, … (sample) · blocks
 """
 
 from __future__ import annotations

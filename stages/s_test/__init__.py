@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from stages.device_batch import DeviceBatch
 
 
-SPARE = 8
-"""One part in so many of the memory is left to what the heap keeps of what stages before have freed."""
-
-
 def solvers() -> dict[str, type[Solver]]:
     """Return the settings class of every solver, by the solver's name."""
     found: dict[str, type[Solver]] = {}
@@ -93,21 +89,16 @@ class STest(Stage):
         products = self.solver.fixed_bytes(self.curvature)
         return solutions + max(products, gradients * self.per_sample.batch.size)
 
-    @property
-    def _vector_bytes(self) -> int:
-        return self.curvature.dim * self.curvature.function.dtype.itemsize
-
     @functools.cached_property
     def rows_at_once(self) -> int:
         """Test samples that are solved for together."""
-        row = self.solver.state_vectors * self._vector_bytes
-        return max(1, (self.memory_bytes - self.memory_bytes // SPARE - self._fixed_bytes) // row)
+        return self.solver.rows_within(self.curvature, self.memory_bytes, self._fixed_bytes)
 
     def held_bytes(self, rows: int) -> int:
         """Return what solving for some test samples holds at once, at most, or looking at them before."""
         from stages.grad_z.choose import choosing_bytes
 
-        solving = self._fixed_bytes + self.solver.state_vectors * self._vector_bytes * rows
+        solving = self._fixed_bytes + self.solver.row_bytes(self.curvature) * rows
         return max(solving, choosing_bytes(self.curvature.function))
 
     def prepare(self, report: Report = silent) -> None:

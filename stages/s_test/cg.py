@@ -78,7 +78,7 @@ class Cg(CurvatureSolver):
 
             def product(vectors: Tensor) -> Tensor:
                 def inner(progress: Progress) -> None:
-                    report(Progress(calls, self.max_iterations, f"cg iteration {calls}, {len(vectors)} test samples"))
+                    report(Progress(calls, self.max_iterations, f"cg iteration {calls}, {len(vectors)} samples"))
 
                 return over(vectors, inner)
 
@@ -98,7 +98,7 @@ class Cg(CurvatureSolver):
             missed = int((residual > 1.5 * self.tolerance).sum())
             if missed:
                 log.warning(
-                    "cg: %d of %d test samples are above the tolerance %.1g (largest residual %.2g after %d "
+                    "cg: %d of %d samples are above the tolerance %.1g (largest residual %.2g after %d "
                     "iterations): raise max_iterations, tolerance or damping",
                     missed, len(residual), self.tolerance, float(residual.max()), int(iterations.max()),
                 )  # fmt: skip
@@ -118,7 +118,7 @@ class Cg(CurvatureSolver):
         condition = (2 * self.max_iterations / math.log(2 * self.max_iterations / self.tolerance)) ** 2
         enough = 1.1 * (max(0.0, -smallest) + largest / condition)
         return StageError(
-            f"cg: the residual of {int((residual > HOPELESS).sum())} of {len(residual)} test samples is above "
+            f"cg: the residual of {int((residual > HOPELESS).sum())} of {len(residual)} samples is above "
             f"{HOPELESS} (up to {float(residual.max()):.2g}) after {self.max_iterations} iterations, so that they are "
             f"no solutions: H + λI is nearly singular, with eigenvalues of H from about {smallest:.3g} to "
             f"{largest:.3g} and λ = {damping:.3g}. Use damping = {enough:.2g} or more, or raise max_iterations."

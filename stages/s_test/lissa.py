@@ -172,7 +172,7 @@ class Lissa(CurvatureSolver):
         per_repeat = int((steps / counts).max())
         if unsettled:
             log.warning(
-                "lissa: the estimates of %d of %d test samples have not settled within %.2g after %d steps: "
+                "lissa: the estimates of %d of %d samples have not settled within %.2g after %d steps: "
                 "raise recursion_depth, batch_size or damping",
                 unsettled, len(settled), self.tolerance, depth,
             )  # fmt: skip
@@ -257,7 +257,7 @@ class _Recursion:
                         start, norm, current, window, previous_window = (
                             part[~done] for part in (start, norm, current, window, previous_window)
                         )
-                self.report(Progress(step, self.depth, f"lissa step {step}, {len(rows)} test samples"))
+                self.report(Progress(step, self.depth, f"lissa step {step}, {len(rows)} samples"))
                 if not len(rows):
                     break
         if diverged:

@@ -44,6 +44,8 @@ PROBES = 32
 """Random vectors by which the mean eigenvalue of H is estimated."""
 PROBE_VECTORS = 6
 """Vectors that are held for each of them that is multiplied by H."""
+SPARE = 8
+"""One part in so many of the memory is left to what the heap keeps of what stages before have freed."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Solver(BaseModel):
     """The settings of one way to solve; a subclass in a file of its own adds a solver.
 
     Attributes:
-        state_vectors: vectors of D floats that it holds for each test sample at once, products' results among them.
+        state_vectors: vectors of D floats that it holds for each right-hand side at once, products' results among them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,6 +117,14 @@ class Solver(BaseModel):
     def fixed_bytes(self, curvature: Curvature) -> int:
         """Return what it holds beside its vectors."""
         return 0
+
+    def row_bytes(self, curvature: Curvature) -> int:
+        """Return what it holds for each right-hand side."""
+        return self.state_vectors * curvature.dim * curvature.function.dtype.itemsize
+
+    def rows_within(self, curvature: Curvature, memory_bytes: int, beside_bytes: int) -> int:
+        """Return how many right-hand sides are solved for together, at least one, with so much held beside these."""
+        return max(1, (memory_bytes - memory_bytes // SPARE - beside_bytes) // self.row_bytes(curvature))
 
     def check_size(self, dim: int, memory_bytes: int) -> None:
         """Refuse a problem that this solver cannot hold.

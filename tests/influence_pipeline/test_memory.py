@@ -89,6 +89,8 @@ def measure(stage: str, folder: Path) -> tuple[int, int]:
     """Return the peak of a stage above what libraries, model and data take; and what the plan says."""
     if stage == "s_test":
         return solving(folder)
+    if stage == "self_influence":
+        return solving_for_samples(folder)
     if stage == "choosing":
         choosing(folder / "first", 100)
         return choosing(folder / "wanted", 120_000)
@@ -127,11 +129,23 @@ def solving(folder: Path) -> tuple[int, int]:
     return peak(lambda: wanted.s_test("few")), predicted
 
 
+def solving_for_samples(folder: Path) -> tuple[int, int]:
+    """Return the same of solving for all training samples."""
+    first, wanted = pipeline(folder / "first", 1), pipeline(folder / "wanted", 1)
+    first.grad_z()
+    first.self_influence()
+    wanted.grad_z()
+    predicted = wanted.plan("few", self_influence=True)["self_influence"].memory_bytes
+    return peak(wanted.self_influence), predicted
+
+
 @pytest.mark.skipif(
     not (os.access(memory.CLEAR, os.W_OK) and hasattr(ctypes.CDLL(None), "malloc_trim")),
     reason="no peak of memory to be asked for here",
 )
-@pytest.mark.parametrize("stage", ["grad_z", "activations", "choosing", "probes", "s_test", "influence"])
+@pytest.mark.parametrize(
+    "stage", ["grad_z", "activations", "choosing", "probes", "s_test", "self_influence", "influence"]
+)
 def test_a_stage_holds_what_the_plan_says(tmp_path: Path, stage: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(ip.__file__).parents[1])}
     command = [sys.executable, __file__, stage, str(tmp_path)]

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from stages.curvature import Curvature, random_signs
 from stages.device_batch import DeviceBatch
 from stages.projection import Projection
-from stages.s_test import SPARE, STest, solvers
+from stages.s_test import STest, solvers
 from stages.s_test.cg import Cg, conjugate_gradients
 from stages.s_test.exact import Exact
 from stages.s_test.identity import Identity
 from stages.s_test.lissa import Lissa
 from stages.s_test.prepare import Prepare
-from stages.s_test.solver import PROBES, CurvatureSolver, Solution, Solver, fixed_sample
+from stages.s_test.solver import PROBES, SPARE, CurvatureSolver, Solution, Solver, fixed_sample
 from stages.stage import StageError, silent
 from tests import oracles
 from tests.oracles import CASES, Case, ClassTask, Data, make
@@ -260,7 +260,7 @@ def test_cg_refuses_what_has_no_solution_with_a_damping_that_works(dtype: torch.
     x, labels = make(oracles.unused).data.tree
     singular = Case("", model, ClassTask(0.0), Data((x.to(dtype), labels)))
     solver, rhs = Cg(damping=0.0, max_iterations=100), torch.ones(2, len(singular.theta), dtype=dtype)
-    with pytest.raises(StageError, match=r"cg: the residual of 2 of 2 test samples.*nearly singular") as caught:
+    with pytest.raises(StageError, match=r"cg: the residual of 2 of 2 samples.*nearly singular") as caught:
         solve(solver, singular, rhs=rhs)
     damping = named(caught, "damping")
     assert 0 < damping < 0.01
@@ -356,7 +356,7 @@ def test_cg_out_of_iterations_says_so_and_keeps_the_residual(caplog: pytest.LogC
     torch.testing.assert_close(found.residual, true_residual(dense(case, "ggn"), 1e-3, rhs_for(case), found.vectors))
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert re.search(r"5 of 5 test samples are above the tolerance.*max_iterations", record.getMessage())
+    assert re.search(r"5 of 5 samples are above the tolerance.*max_iterations", record.getMessage())
 
 
 def test_cg_within_its_tolerance_is_silent(caplog: pytest.LogCaptureFixture) -> None:
@@ -532,7 +532,7 @@ def test_lissa_out_of_depth_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert found.iterations.tolist() == [9] * 5
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert re.search(r"5 of 5 test samples have not settled within 0\.001 after 9 steps", record.getMessage())
+    assert re.search(r"5 of 5 samples have not settled within 0\.001 after 9 steps", record.getMessage())
 
 
 def test_lissa_says_when_fewer_repeats_would_have_done(caplog: pytest.LogCaptureFixture) -> None:
