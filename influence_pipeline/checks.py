@@ -123,8 +123,8 @@ def _verify_files(group: Group, found: Verification, *, show: bool) -> None:
 
 
 def _verify_rows(works: Works, sample: int, found: Verification) -> None:
-    group = works.find(works.grad_z_place())
-    data = works.context.train
+    place, data = works.gradients_place(), works.context.train
+    group = works.find(place)
     changed = set(found.changed.get(data.name, ()))
     rows = [] if group is None else [row for row in committed(group) if row not in changed]
     if group is None or not rows:
@@ -132,7 +132,7 @@ def _verify_rows(works: Works, sample: int, found: Verification) -> None:
     data.forget()  # what changed was found, and is not to be refused once more
     chosen = sorted(np.random.default_rng().permutation(rows)[:sample].tolist())
     found.rows = len(chosen)
-    found.differing += works.differs(group, chosen)
+    found.differing += works.differs(place, chosen)
 
 
 # ---- changed samples ---------------------------------------------------------------------------------------------
@@ -183,9 +183,10 @@ def _refuse_seen(works: Works, data: DataSet, changed: list[int]) -> None:
     """
     few = [changed[i * len(changed) // FEW] for i in range(FEW)] if len(changed) > FEW else changed
     if data is works.context.train:
-        group = works.find(works.grad_z_place())
+        place = works.gradients_place()
+        group = works.find(place)
         there = set() if group is None else set(committed(group))
-        differs = [] if group is None else works.differs(group, [i for i in few if i in there])
+        differs = [] if group is None else works.differs(place, [i for i in few if i in there])
         if not there & set(few):
             differs = ["no gradient of the changed samples is cached to compare with"]
     else:
@@ -220,7 +221,8 @@ def _groups_of(works: Works, data: DataSet) -> list[Group]:
     if data is works.context.train:
         found = [works.find(works.grad_z_place())]
         weights = works.context.weights
-        found += [g for g in works.cache.groups("curvature") if g.attributes["identity"]["weights"] == weights]
+        for stage in ("curvature", "newton"):
+            found += [g for g in works.cache.groups(stage) if g.attributes["identity"]["weights"] == weights]
         return [group for group in found if group is not None]
     return [group for group in works.cache.groups("s_test") if group.attributes["tests"] == data.name]
 

@@ -141,6 +141,14 @@ def grad_z(settings: SettingsFile, new: New = False) -> None:
     typer.echo(f"grad_z: {outcome.computed} of {outcome.total} blocks computed in {outcome.seconds:.1f} s")
 
 
+@app.command()
+@_guarded
+def newton(settings: SettingsFile, keep_curvature: Keep = False) -> None:
+    """Correct the gradient of every training sample for what its absence does to H ([influence] correction)."""
+    outcome = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature).newton()
+    typer.echo(f"newton: {outcome.computed} of {outcome.total} blocks computed in {outcome.seconds:.1f} s")
+
+
 @app.command("s-test")
 @_guarded
 def s_test(settings: SettingsFile, tests: TestNames = None, keep_curvature: Keep = False) -> None:

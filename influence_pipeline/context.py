@@ -178,6 +178,14 @@ class Context:
         """Return what the training gradients depend on."""
         return {**self.basis(), "encoding": self.settings.grad_z.encoding}
 
+    def newton_identity(self) -> dict[str, Any]:
+        """Return what the corrected training gradients depend on."""
+        return {
+            **self.grad_z_identity(),
+            "l2": plain(self.experiment.task.l2),
+            "s_test": self.settings.s_test.model_dump(mode="json"),
+        }
+
     def curvature_identity(self) -> dict[str, Any] | None:
         """Return what the solver's preparation depends on, None where it prepares nothing."""
         prepares = self.settings.s_test.preparation()

@@ -55,7 +55,8 @@ class Influences:
         self.curvature_samples = int(group.array("curvature_samples")[()])
         self.seconds = seconds
         self._solved = cache.find("s_test", identity["s_test"])
-        self._trained = cache.find("grad_z", identity["grad_z"])
+        gradients = "newton" if "newton" in identity else "grad_z"
+        self._trained = cache.find(gradients, identity[gradients])
         prepared = self._solved.attributes["reads"].get("curvature") if self._solved else None
         self._prepared = cache.find("curvature", prepared) if prepared else None
 
@@ -412,8 +413,13 @@ class Influences:
         """Return the self-influence of the training samples under the curvature that solutions are of.
 
         Raises:
+            RequestError: the scores are of corrected gradients.
             MissingStage: it is not in the cache, not complete, or of other gradients or another curvature.
         """
+        if trained.attributes["stage"] != "grad_z":
+            raise RequestError(
+                "RelatIF is of scores without [influence] correction; relative = 'cosine' is there for both"
+            )
         of = {name: solved.attributes["identity"][name] for name in ("l2", "s_test")}
         group = self._cache.find("self_influence", group_name(None, {**trained.attributes["identity"], **of}))
         prepared = prepared_contents(self._prepared)
@@ -531,8 +537,8 @@ def _positions(known: Array, ids: Sequence[int] | Array, of: str) -> Array:
 def _whole_identity(cache: Cache, group: Group) -> dict[str, Any]:
     """Return what results depend on, with what was read for them in the place of its keys."""
     identity = dict(group.attributes["identity"])
-    for stage in ("s_test", "grad_z"):
-        name = identity.pop(stage)
+    for stage, name in group.attributes["reads"].items():
+        del identity[stage]
         read = cache.find(stage, name)
         identity |= read.attributes["identity"] if read else {stage: name}
     return identity

@@ -78,9 +78,10 @@ def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
     for group in map(Group, cache.paths("self_influence")):
         if cache.path / "grad_z" / group.attributes["reads"]["grad_z"] in keep:
             keep.add(group.path)
-    for group in (*map(Group, cache.paths("s_test")), *map(Group, cache.paths("self_influence"))):
-        if group.path in keep:
-            keep |= _reads(cache, group.attributes["reads"])
+    for stage in ("s_test", "newton", "self_influence"):
+        for group in map(Group, cache.paths(stage)):
+            if group.path in keep:
+                keep |= _reads(cache, group.attributes["reads"])
     folders = [stage for stage in FOLDERS if stage not in GROUND_TRUTH]
     return [path for stage in folders for path in cache.paths(stage) if path not in keep and _may_go(path)]
 
@@ -123,7 +124,8 @@ def _age(seconds: float) -> str:
 def _brief(stage: str, identity: dict[str, Any]) -> str:
     """Say in a line what a set of arrays is of."""
     if stage == "influence":
-        return f"grad_z {identity['grad_z']}, s_test {identity['s_test']}, top_k {identity['top_k']}"
+        names = [name for name in ("grad_z", "newton", "s_test", "top_k") if name in identity]
+        return ", ".join(f"{name} {identity[name]}" for name in names)
     if stage == "retrained":
         left_out = ", ".join(f"{name} {value}" for name, value in identity["left_out"].items())
         return (
@@ -132,9 +134,9 @@ def _brief(stage: str, identity: dict[str, Any]) -> str:
     if stage == "measured":
         return f"of the models in retrained {identity['retrained']}"
     parts = [f"train {identity['train']}", f"weights {identity['weights']}", f"loss {identity['task']['losses']}"]
-    if stage in ("grad_z", "self_influence"):
+    if stage in {"grad_z", "newton", "self_influence"}:
         parts.append(identity["encoding"])
-    if stage in ("s_test", "self_influence"):
+    if stage in {"s_test", "newton", "self_influence"}:
         parts += [f"{name} {value}" for name, value in identity["s_test"].items()]
     if stage == "curvature":
         parts += [f"{name} {identity[name]}" for name in ("curvature", "l2")]
@@ -157,7 +159,11 @@ def _receipts(group: Group) -> list[str]:
             if math.isfinite(spearman):
                 found = f"Spearman {spearman:.6f}, {same:.1%} of the top 100 the same"
                 lines.append(f"products of gradients, {become} against exact: {found}")
-    if "residual" in group:
+    if "leverage" in group:
+        leverage, residual = (group.array(name).filled(...) for name in ("leverage", "residual"))
+        if np.isfinite(leverage).any():
+            lines.append(f"largest leverage {np.nanmax(leverage):.3g}, largest residual {np.nanmax(residual):.2g}")
+    if "iterations" in group:
         residual, iterations, damping = (
             group.array(name).filled(...) for name in ("residual", "iterations", "damping")
         )

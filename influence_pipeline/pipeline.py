@@ -131,6 +131,23 @@ class Pipeline:
             self._refuse_second(place)
         return self._run(place)
 
+    def newton(self) -> Outcome:
+        """Compute the corrected training gradients that are missing, after what the solver prepares.
+
+        Raises:
+            RequestError: the settings ask for no correction, or one sample's outputs × D exceed the memory.
+        """
+        place, prepared = self._works.gradients_place(), self._works.curvature_place()
+        if place.stage != "newton" or prepared is None:
+            raise RequestError('no correction is asked for: set [influence] correction = "newton"')
+        self._mend(prepared, place)
+        self._hint_at_others()
+        work = self._works.work(place)
+        if pending(work, self._works.find(place)):
+            work.memory()
+        self._run(prepared)
+        return self._run(place)
+
     def s_test(self, tests: str) -> Outcome:
         """Solve for the test samples that are missing, after what the solver prepares for all test sets.
 
@@ -322,7 +339,9 @@ class Pipeline:
             WorkError: something was removed meanwhile.
         """
         names = self._named(tests)
-        if self.settings.grad_z.store:
+        if self.settings.influence.correction:
+            self.newton()
+        elif self.settings.grad_z.store:
             self.grad_z(new=new)
         for name in names:
             self.s_test(name)
@@ -386,9 +405,9 @@ class Pipeline:
         more than ``MOST_FINISHING`` seconds, since all else depends on it.
         """
         works, found = self._works, dict[str, Timing | None]()
-        gradients, prepared = works.grad_z_place(), works.curvature_place()
+        gradients, prepared = works.gradients_place(), works.curvature_place()
         self._mend(*self._places(names))
-        if self.settings.grad_z.store:
+        if self.settings.grad_z.store and gradients.stage == "grad_z":
             if not self._exists(gradients):
                 self._refuse_second(gradients)
             found[gradients.name] = self._run(gradients, measure=True).timing
@@ -396,6 +415,8 @@ class Pipeline:
             found[prepared.name] = timing = self._run(prepared, measure=True).timing
             if timing is not None and self._plan(prepared, timing).seconds <= MOST_FINISHING:
                 found[prepared.name] = replace(timing, rest=timing.rest + self._run(prepared).seconds)
+        if gradients.stage == "newton" and works.complete(prepared):
+            found[gradients.name] = self._run(gradients, measure=True).timing
         for name in names:
             place = works.s_test_place(name)
             if works.complete(prepared):
@@ -448,9 +469,9 @@ class Pipeline:
     def _places(self, tests: Sequence[str]) -> list[Place]:
         """Return where all stages are, in the order in which they are run."""
         works = self._works
-        places = [works.grad_z_place()] if self.settings.grad_z.store else []
+        places = [works.gradients_place()] if self.settings.grad_z.store else []
         if prepared := works.curvature_place():
-            places.append(prepared)
+            places.insert(0 if self.settings.influence.correction else len(places), prepared)
         for name in tests:
             places += [works.s_test_place(name), works.influence_place(name)]
         return places
@@ -531,7 +552,7 @@ class Pipeline:
         """Compute what was discarded of another stage's arrays, or of retrained models."""
         works = self._works
         solved = (works.s_test_place(name) for name in self.tests)
-        places = [works.grad_z_place(), works.curvature_place(), *solved, models]
+        places = [works.gradients_place(), works.grad_z_place(), works.curvature_place(), *solved, models]
         for place in places:
             if place is not None and self.cache.path / place.stage / place.name == path:
                 self._run_once(place)

@@ -19,10 +19,10 @@ def work(works: Works) -> Work:
     """Return the work over the training set; gradients must be there to compute it, not to plan it."""
     context, place, solver = works.context, works.self_influence_place(), works.settings.s_test
     grad_z, over = works.settings.grad_z, works.curvature_samples
-    gradients, of_band, computed = works._gradients()
-    band = works.band(place, "sample", works._grad_z_stage().grid.axes[0].band)
+    gradients, of_band, computed = works.gradients(works.grad_z_place())
+    band = works.band(place, "sample", works.work(works.grad_z_place()).stage.grid.axes[0].band)
     rows = min(band, len(context.train))
-    prepared, basis = works._prepared()
+    prepared, basis = works.prepared()
     curvature, train_ids = context.curvature(over), context.experiment.train_ids()
     kept_bytes, reading_bytes = plan.rows_memory(context.dim, rows, computed=computed, encoding=grad_z.encoding)
 
@@ -44,12 +44,12 @@ def work(works: Works) -> Work:
         else:
             works.require(works.grad_z_place())
         works.check_code()
-        works._resume(place, **{curvature.kind: curvature.batch})
+        works.resume(place, **{curvature.kind: curvature.batch})
 
     def memory() -> int:
         what = f"self_influence: solver {solver.solver!r}, for one training sample,"
         kinds = [curvature.kind, *(["gradients"] if computed else [])]
-        works._memory(lambda memory: within(memory).held_bytes(1), kinds, what)
+        works.memory(lambda memory: within(memory).held_bytes(1), kinds, what)
         return stage.held_bytes(min(stage.rows_at_once, rows))
 
     blocks = len(stage.grid)

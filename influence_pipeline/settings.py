@@ -121,10 +121,13 @@ class InfluenceSettings(_Section):
     Attributes:
         top_k: ranks kept for each test sample; the default is 500, or all where there are fewer samples.
         store_scores: keep every score (test, sample), not the rankings alone.
+        correction: "newton" has scores tell what leaving a sample out does to H, too, by gradients that are corrected
+            for it; by default they are of first order.
     """
 
     top_k: Count = 500
     store_scores: bool = True
+    correction: Literal["newton"] | None = None
 
 
 class EvaluateSettings(_Section):
@@ -218,6 +221,16 @@ class Settings(_Section):
     def _names(self) -> Settings:
         for name in self.tests:
             check_name(name, "tests")
+        return self
+
+    @model_validator(mode="after")
+    def _correction(self) -> Settings:
+        if self.influence.correction is not None:
+            reason = self.s_test.uncorrectable()
+            if not self.grad_z.store:
+                reason = "corrected gradients are kept, and [grad_z] store = false keeps none"
+            if reason:
+                raise RequestError(f'influence.correction = "{self.influence.correction}": {reason}')
         return self
 
     def __init__(self, /, **values: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_pipeline import plan, self_influence_work
+from influence_pipeline import newton, plan, self_influence_work
 from influence_pipeline.cache import Cache, Group, group_name
 from influence_pipeline.cache.encoding import round_trip
 from influence_pipeline.cache.record import digest
@@ -147,7 +147,7 @@ class Works:
             norm = group.array("norm")
             among = [rows[position] for position in sentinels(len(rows))]
             row = max(among, key=lambda i: float(norm[i]))
-            self._refuse_code(group, "gradients", self.differs(group, [row]))
+            self._refuse_code(group, "gradients", self.differs(self.grad_z_place(), [row]))
             return
         basis = self.context.basis()
         for stage in ("curvature", "s_test"):
@@ -204,9 +204,10 @@ class Works:
         if group is not None:
             self._refuse_code(group, "solutions", self.measurements_differ(group, tests, committed(group)[:1]))
 
-    def differs(self, group: Group, rows: Iterable[int]) -> list[str]:
+    def differs(self, place: Place, rows: Iterable[int]) -> list[str]:
         """Compute cached gradients again; return what is to be said of those that are others."""
-        stage, found = self._grad_z_stage(), []
+        stage, group, found = self.work(place).stage, self.find(place), list[str]()
+        assert group is not None
         with self.context.evaluating():
             for row in rows:
                 values = stage.compute(Block((0,), {"sample": slice(row, row + 1)}))
@@ -248,6 +249,14 @@ class Works:
         identity = self.context.grad_z_identity()
         return Place("grad_z", group_name(None, identity), identity)
 
+    def gradients_place(self) -> Place:
+        """Return where the gradients are that scores are made of: as they are, or corrected."""
+        prepared = self.curvature_place()
+        if self.settings.influence.correction is None or prepared is None:
+            return self.grad_z_place()
+        identity = self.context.newton_identity()
+        return Place("newton", group_name(None, identity), identity, reads={"curvature": prepared.name})
+
     def curvature_place(self) -> Place | None:
         """Return where the solver's preparation is, None where it prepares nothing."""
         identity = self.context.curvature_identity()
@@ -270,14 +279,15 @@ class Works:
 
     def influence_place(self, tests: str) -> Place:
         """Return where a test set's scores and rankings are."""
-        reads = {"grad_z": self.grad_z_place().name, "s_test": self.s_test_place(tests).name}
+        reads = {place.stage: place.name for place in (self.gradients_place(), self.s_test_place(tests))}
         higher_is_better = self.context.experiment.task.higher_is_better
-        identity = {**reads, "higher_is_better": higher_is_better, **self.settings.influence.model_dump(mode="json")}
+        settings = self.settings.influence.model_dump(mode="json", exclude_none=True)
+        identity = {**reads, "higher_is_better": higher_is_better, **settings}
         return Place("influence", group_name(tests, identity), identity, tests, reads)
 
     def read_by_influence(self, tests: Sequence[str]) -> list[Place]:
         """Return where the stages are that the scores of some test sets are computed of."""
-        stored = [self.grad_z_place()] if self.settings.grad_z.store else []
+        stored = [self.gradients_place()] if self.settings.grad_z.store else []
         return [*stored, *(self.s_test_place(name) for name in tests)]
 
     # ---- works ---------------------------------------------------------------------------------------------------
@@ -292,8 +302,8 @@ class Works:
         missing = pending(work, group)
         if group is None or missing:
             of, tests = (f" of {place.tests}", place.tests) if place.tests else ("", None)
-            call = f"s_test({tests!r})" if tests else "grad_z()"
-            command = f"s-test --tests {tests}" if tests else "grad-z"
+            call = f"s_test({tests!r})" if tests else f"{place.stage}()"
+            command = f"s-test --tests {tests}" if tests else place.stage.replace("_", "-")
             raise MissingStage(
                 f"{place.stage}{of} is not complete: {len(missing)} of {len(work.stage.grid)} blocks are missing. "
                 f"First: pipeline.{call}, or `influence-pipeline {command} …`; `run` does all"
@@ -314,6 +324,8 @@ class Works:
                 return self._grad_z()
             if place.stage == "curvature":
                 return self._curvature()
+            if place.stage == "newton":
+                return newton.work(self, place)
             if place.left_out is not None:
                 return retrained_work(self, place) if place.stage == "retrained" else measured_work(self, place)
             if place.stage == "self_influence":
@@ -347,18 +359,13 @@ class Works:
                 kept += 2 * context.few.formed * itemsize
             return max(gradients, choosing_bytes(context.function)) + min(batch, rows) * kept
 
-        def before() -> None:
-            check_fixed(context.train)
-            self.check_code()
-            self._resume(place, gradients=stage.per_sample.batch)
-
         return Work(
             stage,
             "grad_z",
             context.train,
-            before=before,
+            before=lambda: self.begin(place, stage.per_sample.batch),
             computing=context.evaluating,
-            memory=lambda: self._memory(needed, ["gradients"], f"grad_z: a block of gradients with {dim} coordinates"),
+            memory=lambda: self.memory(needed, ["gradients"], f"grad_z: a block of gradients with {dim} coordinates"),
             passes="1 pass over the training set",
         )
 
@@ -382,7 +389,13 @@ class Works:
         """Return the number of samples whose gradients are computed together, chosen when it is asked for."""
         return DeviceBatch(functools.partial(self.context.batch_within, "gradients", memory_bytes))
 
-    def _resume(self, place: Place, **batches: DeviceBatch) -> None:
+    def begin(self, place: Place, batch: DeviceBatch) -> None:
+        """Check training set and code before gradients are computed; begin with the batch that cached ones had."""
+        check_fixed(self.context.train)
+        self.check_code()
+        self.resume(place, gradients=batch)
+
+    def resume(self, place: Place, **batches: DeviceBatch) -> None:
         """Begin with the numbers of samples that cached blocks were computed with, where they fit.
 
         Args:
@@ -412,7 +425,7 @@ class Works:
             before=self.check_code,
             holds=context.train,
             computing=context.evaluating,
-            memory=lambda: self._memory(lambda memory: stage.held_bytes, [stage.curvature.kind], None),
+            memory=lambda: self.memory(lambda memory: stage.held_bytes, [stage.curvature.kind], None),
             passes=f"the mean gradient{of}",
         )
 
@@ -430,7 +443,7 @@ class Works:
         context, solver = self.context, self.settings.s_test
         rows = self.band(self.s_test_place(tests), "test", plan.block_rows(context.dim, plan.MOST_TESTS))
         data = context.test(tests)
-        prepared, basis = self._prepared() if stand_in is None else (stand_in, digest([]))
+        prepared, basis = self.prepared() if stand_in is None else (stand_in, digest([]))
         curvature = context.curvature(self.curvature_samples)
 
         def within(memory: int) -> STest:
@@ -440,7 +453,7 @@ class Works:
 
         def memory() -> int:
             what = f"s_test: solver {solver.solver!r}, for one test sample,"
-            self._memory(lambda memory: within(memory).held_bytes(1), ["gradients", curvature.kind], what)
+            self.memory(lambda memory: within(memory).held_bytes(1), ["gradients", curvature.kind], what)
             return stage.held_bytes(min(stage.rows_at_once, rows, len(data)))
 
         def before() -> None:
@@ -448,7 +461,7 @@ class Works:
             self.check_code()
             self.check_measurement(tests)
             batches = {"gradients": stage.per_sample.batch, curvature.kind: curvature.batch}
-            self._resume(self.s_test_place(tests), **batches)
+            self.resume(self.s_test_place(tests), **batches)
 
         blocks = len(stage.grid)
         return Work(
@@ -463,7 +476,7 @@ class Works:
             passes=f"{solver.solver}, {blocks} block{'s' * (blocks > 1)}{solver.passes()}",
         )
 
-    def _prepared(self) -> tuple[dict[str, ArrayLike], bytes]:
+    def prepared(self) -> tuple[dict[str, ArrayLike], bytes]:
         """Return what the solver prepared, and a digest of what that is of."""
         place, solver = self.curvature_place(), self.settings.s_test
         group = None if place is None else self.find(place)
@@ -506,9 +519,10 @@ class Works:
         assert isinstance(stage, Influence)
         tests = sum(len(self.context.test(str(each.tests))) for each in (place, *beside))
         tests, band = min(tests, stage.grid.axes[0].band), stage.grid.axes[1].band
-        blocks = list(self._grad_z_stage().grid)
+        gradients = self.gradients_place()
+        blocks = list(self.work(gradients).stage.grid)
         if self.settings.grad_z.store:
-            group = self.find(self.grad_z_place())
+            group = self.find(gradients)
             there = itertools.takewhile(lambda block: group is not None and group.whole(block), blocks)
             rows, repeats = min(band, sum(block.rows for block in there)), 2
         else:  # a block of gradients that was computed is remembered
@@ -552,7 +566,7 @@ class Works:
             if "top_k" in settings.model_fields_set:
                 raise RequestError(f"influence.top_k = {top_k}, and there are {len(context.train)} training samples")
             top_k = len(context.train)
-        rows = self._grad_z_stage().grid.axes[0].band
+        rows = self.work(self.gradients_place()).stage.grid.axes[0].band
         place = self.influence_place(tests)
         bands = (
             self.band(place, "test", plan.MOST_SCORED_TESTS),
@@ -561,7 +575,7 @@ class Works:
         data, s_test, over = context.test(tests), self.s_test_place(tests), self.curvature_samples
         solved = self.find(s_test)
         vectors = _Absent((len(data), context.dim)) if solved is None else solved.rows("vectors")
-        gradients, of_band, computed = self._gradients()
+        gradients, of_band, computed = self.gradients(self.gradients_place())
         together = sum(len(context.test(str(other.tests))) for other in beside)
         if beside and len(data) + together > bands[0]:
             raise RequestError(f"{len(data) + together} test samples are too many for one pass")
@@ -622,11 +636,11 @@ class Works:
             passes=f"{reads.passes} pass{'es' * (reads.passes > 1)} over {of}",
         )
 
-    def _gradients(self) -> tuple[ArrayLike, Callable[[slice], bytes], bool]:
-        """Return the gradients, a digest of what a band of them is of, and whether they are computed when read."""
+    def gradients(self, place: Place) -> tuple[ArrayLike, Callable[[slice], bytes], bool]:
+        """Return the gradients of a place, a digest of what a band of them is of, and whether they are computed now."""
         context, encoding = self.context, self.settings.grad_z.encoding
-        stage = self._grad_z_stage()
         if not self.settings.grad_z.store:
+            stage = self._grad_z_stage()
 
             def rows(block: Block) -> Array:
                 found, done = np.empty((block.rows, context.dim), np.float32), 0
@@ -640,12 +654,12 @@ class Works:
                 return digest([context.train.digests(range(band.start, band.stop))])
 
             return ComputedRows(stage, rows), of_band, True
-        group = self.find(self.grad_z_place())
+        group, grid = self.find(place), self.work(place).stage.grid
         if group is None:
             return _Absent((len(context.train), context.dim)), lambda band: digest([]), False
-        return group.rows("gradients"), lambda band: group.contents(covering(stage.grid, band)), False
+        return group.rows("gradients"), lambda band: group.contents(covering(grid, band)), False
 
-    def _memory(self, needed: Callable[[int], int], kinds: Sequence[str], what: str | None) -> int:
+    def memory(self, needed: Callable[[int], int], kinds: Sequence[str], what: str | None) -> int:
         """Return what is held at once; refuse what does not fit the memory.
 
         Args:

@@ -12,6 +12,9 @@ Nothing here knows of files, processes or progress bars. The stages, and what ea
                        │                   │
                        └───────────────────┴──► self_influence   (N,) gᵢᵀ (H + λI)⁻¹ gᵢ / N, where it is asked for
 
+Where it is asked for, ``newton`` is in the place of ``grad_z``: it reads the curvature, too, and its gradients give the
+scores of a whole Newton step.
+
 ``scores[t, i]`` predicts the measurement of test sample t after training without sample i, minus what it is now:
 positive means that it would rise. For a loss, positive is helpful and negative is harmful.
 """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from stages.batch import split
+from stages.batch import size, split, take
 from stages.grad_z.hooks import Hooks
 from stages.grad_z.hooks import jacobian as by_hooks
 from stages.parameters import ModelFunction, Parameters
@@ -44,6 +44,24 @@ def jacobian(function: ModelFunction, batch: Batch, hooks: Hooks | None = None) 
     rows, outputs = vmap(one, in_dims=(None, *(0 for _ in tensors)), randomness="error")(function.params, *tensors)
     with torch.no_grad():
         return function.flatten(rows), outputs.detach()
+
+
+def one_by_one(function: ModelFunction, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the same by a backward pass for each entry of each sample's outputs: slow, and right for any model."""
+    rows_BKD, outputs = [], []
+    for index in range(size(batch)):
+        params = {name: p.detach().requires_grad_() for name, p in function.params.items()}
+        with torch.enable_grad():
+            found = function.outputs(params, take(batch, index))
+        rows_KD = torch.empty(found.numel(), function.size, dtype=function.dtype, device=function.device)
+        for entry, row_D in zip(found.reshape(-1), rows_KD, strict=True):
+            grads = torch.autograd.grad(
+                entry, list(params.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            function.flatten(dict(zip(params, grads, strict=True)), out=row_D)
+        rows_BKD.append(rows_KD)
+        outputs.append(found.detach())
+    return torch.stack(rows_BKD), torch.cat(outputs)
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,7 @@ def linearised(
     for pieces in zip(*(torch.split(tensor, together) for tensor in tensors), strict=True):
         part = join(list(pieces))
         rows_BKD, outputs = jacobian(function, part, hooks)
-        yield Linearised(rows_BKD, _loss_curvature(function, part, outputs), outputs)
+        yield Linearised(rows_BKD, loss_derivatives(function, part, outputs)[1], outputs)
 
 
 def ggn_products(
@@ -104,16 +122,18 @@ def ggn_products(
     return total_TD
 
 
-def _loss_curvature(function: ModelFunction, batch: Batch, outputs: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the product with Aᵢ, the Hessian of each loss in its outputs, of many tangents at once."""
+def loss_derivatives(
+    function: ModelFunction, batch: Batch, outputs: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return each loss's gradient in its outputs (B, …), and the product with Aᵢ of many tangents at once."""
 
     def total(values: Tensor) -> Tensor:
         return function.task.losses(values, batch).sum()
 
-    pullback = vjp(grad(total), outputs)[1]
+    gradient, pullback = vjp(grad(total), outputs)[:2]
 
     def products(tangents: Tensor) -> Tensor:
         found: Tensor = vmap(pullback)(tangents)[0]
         return found.detach()
 
-    return products
+    return gradient.detach(), products

@@ -65,7 +65,7 @@ class Work:
         making it takes, must not be larger than an array of ``together`` numbers, or than the vectors.
         """
         by_jacobian = self.outputs * (self.backward + 4 * self.dim * vectors)
-        fits = self._one_jacobian <= max(together, self.dim * vectors // 3)
+        fits = self.one_jacobian <= max(together, self.dim * vectors // 3)
         return 0 < by_jacobian < 2 * self.backward * vectors and fits
 
     def kept_jacobian_pays(self, together: int) -> bool:
@@ -74,7 +74,7 @@ class Work:
 
     def jacobian_fits(self, together: int) -> bool:
         """Say whether one sample's Jacobian, and what making it takes, is no larger than ``together`` numbers."""
-        return 0 < self._one_jacobian <= together
+        return 0 < self.one_jacobian <= together
 
     def vectors_together(self, together: int) -> int:
         """How many vectors to multiply at once, where each needs arrays of its own for the whole batch."""
@@ -82,7 +82,7 @@ class Work:
 
     def samples_together(self, together: int) -> int:
         """Of how many samples to have the Jacobian at once."""
-        return max(1, together // self._one_jacobian)
+        return max(1, together // self.one_jacobian)
 
     def kept(self, kind: str, device: torch.device) -> int:
         """Return how many bytes are kept in memory for each sample of a batch; on a GPU they are the device's."""
@@ -94,7 +94,7 @@ class Work:
         return own * itemsize + KEPT[kind] * self.saved
 
     @property
-    def _one_jacobian(self) -> int:
+    def one_jacobian(self) -> int:
         """Numbers in the largest array that one sample's Jacobian takes."""
         return self.outputs * max(self.formed, self.widest // self.samples)
 

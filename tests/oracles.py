@@ -273,9 +273,9 @@ def hessian(case: Case) -> Tensor:
     return torch.stack(rows) + torch.diag(penalty(case))
 
 
-def ggn(case: Case) -> Tensor:
-    """Return (1/N) Σ JᵢᵀAᵢJᵢ plus the penalty's Hessian, (D, D), with explicit Jᵢ (K, D) and Aᵢ (K, K)."""
-    total = torch.zeros(len(case.theta), len(case.theta), dtype=torch.float64)
+def sample_ggns(case: Case) -> Tensor:
+    """Return JᵢᵀAᵢJᵢ of each sample, (N, D, D), with explicit Jᵢ (K, D) and Aᵢ (K, K)."""
+    found = []
     for i in range(len(case.data)):
         batch = case.data.batch([i])
         outputs = case.task.outputs(case.model, batch)
@@ -284,8 +284,25 @@ def ggn(case: Case) -> Tensor:
             lambda o, batch=batch, like=outputs: case.task.losses(o.reshape(like.shape), batch).sum(),
             outputs.detach().reshape(-1),
         )
-        total += jacobian.T @ inner @ jacobian
-    return total / len(case.data) + torch.diag(penalty(case))
+        found.append(jacobian.T @ inner @ jacobian)
+    return torch.stack(found)
+
+
+def ggn(case: Case) -> Tensor:
+    """Return (1/N) Σ JᵢᵀAᵢJᵢ plus the penalty's Hessian, (D, D)."""
+    return sample_ggns(case).mean(0) + torch.diag(penalty(case))
+
+
+def corrected(whole: Tensor, parts: Tensor, grads_ND: Tensor) -> Tensor:
+    """Return what gives the Newton step without each sample when it is multiplied by (N H)⁻¹, (N, D).
+
+    Args:
+        whole: H with everything that is added to it, (D, D).
+        parts: JᵢᵀAᵢJᵢ, (N, D, D).
+        grads_ND: gradients.
+    """
+    whole = len(parts) * whole
+    return torch.stack([whole @ torch.linalg.solve(whole - p, g) for p, g in zip(parts, grads_ND, strict=True)])
 
 
 def dense(case: Case, kind: str) -> Tensor:

@@ -120,9 +120,9 @@ SOLVERS: dict[str, dict[str, Any]] = {
 }
 
 
-def influences(digits: Digits, folder: Path, solver: str) -> ip.Influences:
+def influences(digits: Digits, folder: Path, solver: str, **influence: Any) -> ip.Influences:
     chosen = {"solver": solver, "damping": 0.0, **SOLVERS[solver]}
-    settings = ip.Settings(s_test=chosen, runtime={"progress": False, "device": "cpu"})
+    settings = ip.Settings(s_test=chosen, influence=influence, runtime={"progress": False, "device": "cpu"})
     return ip.Pipeline(digits.experiment(), folder / "cache", settings).run()["holdout"]
 
 
@@ -132,6 +132,10 @@ def pearson(found: Floats, expected: Floats) -> float:
 
 def same_sign(found: Floats, expected: Floats) -> float:
     return float((np.sign(found) == np.sign(expected)).mean())
+
+
+def slope(found: Floats, expected: Floats) -> float:
+    return float((found * expected).sum() / (found * found).sum())
 
 
 def test_the_models_that_scores_are_compared_with_are_optima(digits: Digits) -> None:
@@ -153,13 +157,22 @@ def test_scores_predict_the_change_of_each_tests_loss_without_each_sample(
     scores = found.scores[:, :LEFT_OUT].astype(np.float64)
     assert pearson(scores, truth) >= least
     assert same_sign(scores, truth) >= 0.97
-    slope = float((scores * truth).sum() / (scores * scores).sum())
-    assert 0.95 < slope < 1.25, "the scale is that of the change itself, less the sample's own leverage"
+    assert 0.95 < slope(scores, truth) < 1.25, "the scale is that of the change itself, less the sample's own leverage"
     helpful, _ = found.helpful(5)
     harmful, _ = found.harmful(5)
     for row, change in enumerate(truth):
         for ids, sign in ((helpful[row], 1), (harmful[row], -1)):
             assert (sign * change[ids[ids < LEFT_OUT]] > 0).all()
+
+
+def test_corrected_scores_have_the_scale_of_the_change_of_each_tests_loss(
+    digits: Digits, truth: Floats, tmp_path: Path
+) -> None:
+    first = influences(digits, tmp_path / "first", "exact").scores[:, :LEFT_OUT].astype(np.float64)
+    whole = influences(digits, tmp_path / "whole", "exact", correction="newton").scores[:, :LEFT_OUT].astype(np.float64)
+    assert pearson(whole, truth) >= 0.998
+    assert abs(slope(whole, truth) - 1) < 0.03
+    assert np.abs(whole - truth).max() < np.abs(first - truth).max() / 3
 
 
 def test_with_the_offset_scores_predict_training_on_a_mean_over_one_sample_less(digits: Digits, tmp_path: Path) -> None:

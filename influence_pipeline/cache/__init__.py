@@ -5,6 +5,7 @@
     <cache>/
         grad_z/<key>/           gradients (sample, coordinate) · scale · norm, loss, label, digests · blocks
         curvature/<key>/        what a solver prepares once · digests
+        newton/<key>/           as grad_z, corrected · leverage, residual
         s_test/<set>-<key>/     vectors (test, coordinate) · residual, iterations, … · digests · blocks
         influence/<set>-<key>/  scores (test, sample) · helpful_ids, … (test, rank) · offset · … · blocks
         self_influence/<key>/   self_influence, change, residual, … (sample) · blocks

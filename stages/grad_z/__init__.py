@@ -5,9 +5,10 @@ What a coordinate is, is known here alone: today each of the D coordinates is on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -50,12 +51,14 @@ class Rows(NamedTuple):
         grads: (B, D).
         values: (B,), what is differentiated.
         norms: (B,), Euclidean, of the gradients.
+        beside: what else is kept of each sample, (B,), by the name of its array.
     """
 
     batch: Batch
     grads: Tensor
     values: Tensor
     norms: Tensor
+    beside: Mapping[str, Array] = MappingProxyType({})
 
 
 @dataclass
@@ -222,6 +225,10 @@ class GradZ(Stage):
         """Check model and data, and choose the technique."""
         self.per_sample.check()
 
+    def rows(self, ids: Sequence[int], report: Report = silent) -> Iterator[Rows]:
+        """Yield what is kept of samples, a batch at a time."""
+        return self.per_sample.rows(ids)
+
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Compute the gradients of one band of samples."""
         parts = list(self.parts(block, report))
@@ -236,7 +243,7 @@ class GradZ(Stage):
         kept = OfEncoding(self._round_trip) if self._round_trip and ids.start == 0 else None
         measuring = "projection_fidelity" in figures and ids.start == 0 and self._probes
         projection = OfProjection(function, self._probes, self.grid.axes[0].length) if measuring else None
-        for found, copy in on_host(self.per_sample.rows(ids), lambda rows: rows.grads):
+        for found, copy in on_host(self.rows(ids, report), lambda rows: rows.grads):
             count, gradients = len(copy), copy.numpy()
             done += count
             if kept is not None:
@@ -248,6 +255,7 @@ class GradZ(Stage):
                 "norm": found.norms.cpu().numpy().astype(np.float32),
                 "loss": found.values.to("cpu", torch.float32).numpy(),
                 "label": labels(function, found.batch, count),
+                **found.beside,
             }
             report(Progress(done, len(ids), "gradients"))
         measured = {"fidelity": kept, "projection_fidelity": projection}

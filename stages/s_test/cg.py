@@ -56,6 +56,12 @@ class Cg(CurvatureSolver):
         """Refuse to take more samples than there are."""
         check_sample(self.sample, count)
 
+    def uncorrectable(self) -> str:
+        """Refuse an H over some training samples: others cannot be taken out of it."""
+        if self.sample == "all":
+            return ""
+        return f'sample = {self.sample}: H must be of all training samples, so that each can be taken out: "all"'
+
     def passes(self) -> str:
         """Say how often the training set is read."""
         of = "the training set" if self.sample == "all" else f"{self.sample} training samples"

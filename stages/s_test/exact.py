@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Exact(CurvatureSolver):
     """Cholesky factorisation of the dense (D, D) matrix H + λI, in double precision."""
 
-    state_vectors: ClassVar[int] = 4
+    state_vectors: ClassVar[int] = 11  # in double precision all but the first
 
     solver: Literal["exact"] = "exact"
 
@@ -75,9 +75,11 @@ class Exact(CurvatureSolver):
         import torch
 
         matrix = torch.from_numpy(np.asarray(prepared["matrix"][:], dtype=np.float64)).to(curvature.function.device)
-        matrix = (matrix + matrix.T) / 2
-        damping = self.resolved(prepared)
-        factor, failed = torch.linalg.cholesky_ex(matrix + damping * torch.eye(len(matrix)).to(matrix))
+        matrix = (matrix + matrix.T).div_(2)
+        damping, damped = self.resolved(prepared), matrix.clone()
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         pivots = factor.diagonal()
         if failed or float(pivots.min() / pivots.max()) ** 2 < torch.finfo(torch.float64).eps:
             eigenvalues = torch.linalg.eigvalsh(matrix)

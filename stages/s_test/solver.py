@@ -140,6 +140,10 @@ class Solver(BaseModel):
             StageError: it has fewer samples than are asked for.
         """
 
+    def uncorrectable(self) -> str:
+        """Say why gradients cannot be corrected for leverage with this solver, and what can; nothing where they can."""
+        return f'solver = "{self.solver}" has no H that a sample could have leverage in: use "exact" or "cg"'
+
     def passes(self) -> str:
         """Say, for people, how often the training set is read for each block."""
         return ""
@@ -165,6 +169,10 @@ class CurvatureSolver(Solver):
     curvature: Literal["hessian", "ggn"] = "ggn"
     damping: Damping = RelativeDamping(relative=0.1)
     seed: Whole = 0
+
+    def uncorrectable(self) -> str:
+        """Say nothing: H is of all training samples, so that each can be taken out of it."""
+        return ""
 
     def preparation(self) -> dict[str, Any] | None:
         """Return what the summary depends on: not λ, which is added when solving."""

@@ -76,6 +76,20 @@ def table(folder: Path, rows: int, memory: str) -> ip.Pipeline:
     return ip.Pipeline(experiment, folder, ip.Settings(s_test=solver, influence={"top_k": 1}, runtime=runtime))
 
 
+def correcting(folder: Path, features: int) -> ip.Pipeline:
+    """Make a pipeline of a softmax regression whose gradients are corrected, with H and the like prepared."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(256, features), torch.arange(256) % 10)
+    solver, runtime = {"solver": "exact", "damping": 1.0}, {"device": "cpu", "progress": False}
+    experiment = ip.Experiment(
+        nn.Linear(features, 10).eval(), ip.Classification(), data, {"few": TensorDataset(*data[:1])}
+    )
+    settings = ip.Settings(s_test=solver, influence={"top_k": 1, "correction": "newton"}, runtime=runtime)
+    made = ip.Pipeline(experiment, folder, settings)
+    made.s_test("few")
+    return made
+
+
 def choosing(folder: Path, rows: int) -> tuple[int, int]:
     """Return the peak of finding out how gradients are computed, and what is predicted of it."""
     context = table(folder, rows, "2 GiB")._works.context
@@ -94,6 +108,11 @@ def measure(stage: str, folder: Path) -> tuple[int, int]:
     if stage == "choosing":
         choosing(folder / "first", 100)
         return choosing(folder / "wanted", 120_000)
+    if stage == "newton":
+        correcting(folder / "first", 4).newton()
+        wanted = correcting(folder / "wanted", 160)
+        predicted = wanted.plan("few")["newton"].memory_bytes
+        return peak(wanted.newton), predicted
     if stage == "probes":
         table(folder / "first", 100, "2 GiB").s_test("few")
         wanted = table(folder / "wanted", 40_000, "640 MiB")
@@ -144,7 +163,7 @@ def solving_for_samples(folder: Path) -> tuple[int, int]:
     reason="no peak of memory to be asked for here",
 )
 @pytest.mark.parametrize(
-    "stage", ["grad_z", "activations", "choosing", "probes", "s_test", "self_influence", "influence"]
+    "stage", ["grad_z", "activations", "choosing", "probes", "newton", "s_test", "self_influence", "influence"]
 )
 def test_a_stage_holds_what_the_plan_says(tmp_path: Path, stage: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(ip.__file__).parents[1])}

@@ -166,7 +166,7 @@ def test_each_measurement_is_differentiated_where_it_is_asked_for() -> None:
 
     x, labels = labelled()
     function = function_of(nn.Linear(4, 3).double(), Margin())
-    [(_, grads, values, _)] = PerSample(function, function.measurements, Data((x, labels)), DeviceBatch(12)).rows(
+    [(_, grads, values, *_)] = PerSample(function, function.measurements, Data((x, labels)), DeviceBatch(12)).rows(
         range(12)
     )
     ones = torch.nn.functional.one_hot(labels, 3).double()
