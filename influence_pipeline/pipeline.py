@@ -268,8 +268,12 @@ class Pipeline:
         Raises:
             RequestError: the experiment has no ``retrain``, or scores are not stored.
         """
-        found, truth = self.run(*tests), self._truth
-        return {name: evaluate(truth, influences, self.settings.evaluate, told) for name, influences in found.items()}
+        found, truth, settings, own = self.run(*tests), self._truth, self.settings.evaluate, None
+        if settings.self_influence and self.experiment.mislabelled is not None:
+            if self.settings.grad_z.store:
+                self.grad_z()
+            own = self.self_influence().values
+        return {name: evaluate(truth, influences, settings, told, own) for name, influences in found.items()}
 
     def retrained(self, tests: str, left_out: Sequence[Sequence[int]], seeds: int = 1) -> Measured:
         """Train models without some training samples, if they are not cached, and measure them at a test set.

@@ -141,6 +141,8 @@ class EvaluateSettings(_Section):
         shares: of the training set for curves: without the most helpful, the most harmful or random samples, and with
             no more than the most helpful or random ones.
         seeds: of training, for each of these; what is measured is averaged over them.
+        self_influence: where wrong labels are known, also how well they are found by self-influence, which has a
+            solution for each training sample.
         seed: of what is chosen at random.
     """
 
@@ -150,6 +152,7 @@ class EvaluateSettings(_Section):
     by: Literal["random", "influence"] = "random"
     shares: tuple[Fraction, ...] = ()
     seeds: Count = 3
+    self_influence: bool = False
     seed: Whole = 0
 
 

@@ -169,6 +169,7 @@ def evaluate(
     influences: Influences,
     settings: EvaluateSettings,
     told: Callable[[str], None] = lambda line: None,
+    self_influence: Array | None = None,
 ) -> Evaluation:
     """Train again whatever is missing, and compare; see :meth:`Pipeline.evaluate`.
 
@@ -176,6 +177,7 @@ def evaluate(
         truth: retrained models.
         influences: what is evaluated.
         settings: how.
+        self_influence: of the training samples (N,), where wrong labels are to be found by that, too.
         told: hears before training starts how many models are missing, and how long they will take.
 
     Raises:
@@ -211,7 +213,7 @@ def evaluate(
         (settings.subsets, settings.seeds),
         lds,
         one,
-        {} if wrong is None else _detections(influences, wrong),
+        {} if wrong is None else _detections(influences, self_influence, wrong),
         tuple(_curve(trained, settings.shares, measured(left_out)) for trained, left_out in curves.items()),
     )
 
@@ -286,14 +288,15 @@ def _wrong(influences: Influences, mislabelled: Array | None) -> Array | None:
     return wrong
 
 
-def _detections(influences: Influences, wrong: Array) -> dict[str, Detection]:
-    """Return how well wrong labels are found by each ranking that can be had of what is cached."""
+def _detections(influences: Influences, self_influence: Array | None, wrong: Array) -> dict[str, Detection]:
+    """Return how well wrong labels are found by each ranking that there is."""
     mean = influences.mean_scores()
-    orders = {"harm on average": mean if influences.higher_is_better else -mean}
-    losses = influences.losses()
-    if losses is not None:
-        orders["training loss"] = losses
-    return {name: detection(order, wrong) for name, order in orders.items()}
+    orders = {
+        "harm on average": mean if influences.higher_is_better else -mean,
+        "self-influence": self_influence,
+        "training loss": influences.losses(),
+    }
+    return {name: detection(order, wrong) for name, order in orders.items() if order is not None}
 
 
 def _tell(truth: Truth, wanted: Sequence[LeftOut], seeds: int, told: Callable[[str], None]) -> None:

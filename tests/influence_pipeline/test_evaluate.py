@@ -182,10 +182,11 @@ def test_wrong_labels_and_curves(cache: Path) -> None:
     train.tensors[1][:4] += 12.0
     changes = {"train": train, "mislabelled": [0, 1, 2, 3]}
     changes["model"] = ridge(*train.tensors, torch.ones(N, dtype=torch.float64), N)
-    settings = {"subsets": 0, "leave_one_out": 0, "shares": (0.1, 0.5)}
+    settings = {"subsets": 0, "leave_one_out": 0, "shares": (0.1, 0.5), "self_influence": True}
     found = pipeline(cache, settings, **changes).evaluate("holdout")["holdout"]
     assert found.lds is None
     assert found.mislabelled["training loss"].auc == 1.0
+    assert found.mislabelled["self-influence"].auc > 0.95
     assert found.mislabelled["training loss"].found[1] == 1.0
     curves = {curve.trained: curve for curve in found.curves}
     assert curves["without the most harmful"].shares == (0.1, 0.5)
