@@ -75,8 +75,8 @@ def products(
         columns: of each parameter.
     """
     vectors, gradients = solved.rows("vectors"), trained.rows("gradients")
-    solved_rows = solved.zarr_array("vectors").chunks[0]
-    tile_rows, width = trained.zarr_array("gradients").chunks
+    solved_rows = solved.kept("vectors").chunks[0]
+    tile_rows, width = trained.kept("gradients").chunks
     totals = {name: np.zeros((len(tests), len(samples))) for name in columns}
     of_samples = list(_together(samples, tile_rows, max(1, ENTRIES // width)))
     of_tests = list(_together(tests, solved_rows, max(1, ENTRIES // width)))

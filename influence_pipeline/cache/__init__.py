@@ -31,7 +31,7 @@ import numcodecs.blosc
 from influence_pipeline.cache import claims
 from influence_pipeline.cache.group import Group
 from influence_pipeline.cache.identity import Identity, differences, key_of, nearest, told_apart
-from influence_pipeline.cache.layout import DESCRIPTION, Layout, array_bytes, sealed, write_description
+from influence_pipeline.cache.layout import DESCRIPTION, GROUP, Layout, array_bytes, sealed, write_description
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError, WorkError
 
 FORMAT = 4
@@ -41,7 +41,6 @@ GROUND_TRUTH = ("retrained", "measured")
 FOLDERS = (*STAGES, "self_influence", "newton", *GROUND_TRUTH)
 """All that may be cached: the stages of a run, and what is computed when it is asked for."""
 ALONE = "layout.claim"
-GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 LEFTOVERS = ("*.partial", "*/zarr.*.partial", "*/*/zarr.*.partial")
 
 log = logging.getLogger(__name__)

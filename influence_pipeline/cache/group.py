@@ -15,7 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,31 @@ import numpy as np
 import zarr
 
 from influence_pipeline.cache import claims
+from influence_pipeline.cache.chunks import Chunks
 from influence_pipeline.cache.claims import Claim
 from influence_pipeline.cache.layout import (
     DESCRIPTION,
     FINISHED,
+    GROUP,
     RECORDS,
     SCALE,
+    Kept,
     Layout,
-    create_array,
     described_layout,
+    description,
     seal,
     sealed,
+    write_description,
 )
 from influence_pipeline.cache.record import NOTHING, FileSum, Record, digest
 from influence_pipeline.cache.stored import DecodedRows, StoredArray
+from influence_pipeline.cache.tiles import Region
 from influence_pipeline.cache.writing import ArrayWriting, BlockWriting
 from influence_pipeline.errors import CacheDamaged, WorkError
-from stages.stage import Array, ArrayLike, Block
+from stages.stage import Array, ArrayLike, ArraySpec, Block
 from stages.threads import one_core_threads
 
 log = logging.getLogger(__name__)
-
-CODECS = {"bytes", "blosc", "crc32c", "sharding_indexed"}
-TYPES = {"float16", "float32", "float64", "int8", "int64", "uint8"}
 
 
 class Group:
@@ -67,7 +69,7 @@ class Group:
         self.attributes: dict[str, Any] = sealed(path / DESCRIPTION)["attributes"]
         if not _describes(self.attributes):
             raise CacheDamaged(f"{path / DESCRIPTION} does not describe arrays of a cache; remove {path} and run again")
-        self._opened: dict[str, Any] = {}
+        self._kept: dict[str, Kept] = {}
         self._layout: Layout | None = None
 
     @classmethod
@@ -82,11 +84,10 @@ class Group:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.parent.parent / f"{path.name}.{uuid.uuid4().hex}.partial"
         try:
-            group = zarr.create_group(aside, attributes={**attributes, **layout.attributes})
             for spec in layout.all:
-                create_array(group, layout, spec)
-                seal(aside / spec.name / DESCRIPTION)
-            seal(aside / DESCRIPTION)
+                (aside / spec.name).mkdir(parents=True)
+                write_description(aside / spec.name / DESCRIPTION, description(layout, spec))
+            write_description(aside / DESCRIPTION, {**GROUP, "attributes": {**attributes, **layout.attributes}})
             try:
                 aside.rename(path)
             except OSError:
@@ -116,34 +117,37 @@ class Group:
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
+    def kept(self, name: str) -> Kept:
+        """Return how the array of this name is kept.
+
+        Raises:
+            CacheDamaged: its description cannot be read, or is not as it was written, or of no array of a cache.
+        """
+        if name not in self._kept:
+            path = self.path / name / DESCRIPTION
+            try:
+                self._kept[name] = Kept.described(sealed(path))
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise CacheDamaged(
+                    f"{path} is of no array of a cache ({error}); remove {self.path} and run again"
+                ) from error
+        return self._kept[name]
+
     def zarr_array(self, name: str) -> Any:
-        """Return the zarr array of this name, to be written, or to be given to users.
+        """Return the zarr array of this name, to be given to users.
 
         Raises:
             CacheDamaged: its description cannot be read, or is not as it was written.
         """
-        if name not in self._opened:
-            sealed(self.path / name / DESCRIPTION)
-            try:
-                array = zarr.open_array(self.path / name, mode="r+")
-            except Exception as error:
-                if not (self.path / DESCRIPTION).exists():
-                    raise CacheDamaged(f"{self.path} is gone") from error
-                raise CacheDamaged(
-                    f"{self.path}/{name}/{DESCRIPTION} cannot be read ({error}); a run mends it"
-                ) from error
-            told = {codec.to_dict()["name"] for codec in _codecs(array.metadata.codecs)}
-            if not told <= CODECS or array.dtype.name not in TYPES:
-                raise CacheDamaged(
-                    f"{self.path}/{name}/{DESCRIPTION} names codecs or a type that no cache has "
-                    f"({', '.join(sorted(told - CODECS)) or array.dtype}); remove {self.path} and run again"
-                )
-            self._opened[name] = array.with_config({"write_empty_chunks": True})
-        return self._opened[name]
+        self.kept(name)
+        try:
+            return zarr.open_array(self.path / name, mode="r+").with_config({"write_empty_chunks": True})
+        except Exception as error:
+            raise CacheDamaged(f"{self.path}/{name}/{DESCRIPTION} cannot be read ({error}); a run mends it") from error
 
     def array(self, name: str) -> StoredArray:
         """Return an array to be read."""
-        return StoredArray(self.zarr_array(name), self.path / name, lambda index: self._suspect(name, index))
+        return StoredArray(self.kept(name), self.path / name, lambda index: self._suspect(name, index))
 
     def __contains__(self, name: str) -> bool:
         """Say whether the group has an array of this name."""
@@ -362,7 +366,7 @@ class Group:
             files = [known.get(self.path / name) or self._sum(name) for name in names]
             if self._taken_over(block, claim):
                 return False
-            self.zarr_array(RECORDS)[block.index] = Record.new(block.rows, samples, inputs, files).to_bytes()
+            self._write_record(block, Record.new(block.rows, samples, inputs, files))
         except OSError as error:
             with contextlib.suppress(OSError):
                 if self._taken_over(block, claim):
@@ -397,7 +401,7 @@ class Group:
         """
         try:
             if block is None:
-                self.zarr_array(name)[...] = values
+                self._write(next(spec for spec in self.layout.merged if spec.name == name), values)
                 self._record_merged()
                 return
             record = self.record(block)
@@ -405,10 +409,10 @@ class Group:
             spec = next((spec for spec in self.layout.stored if spec.name == name), None)
             if spec is not None:
                 region = spec.region(self.layout.grid, block)
-                self.zarr_array(name)[region] = values[region]
+                self._write(spec, values[region], region)
             files = tuple(self._sum(file) for file in self.layout.block_files(block))
             adopted = Record(record.rows, samples, record.inputs, record.content, files)
-            self.zarr_array(RECORDS)[block.index] = adopted.to_bytes()
+            self._write_record(block, adopted)
         except OSError as error:
             raise self.refused("digests", error) from error
 
@@ -422,22 +426,42 @@ class Group:
             self.tidy(None)
             self.discard(None)
             self._remove(self.layout.merged_files())
-            with ExitStack() as left:
-                for spec in self.layout.merged:
-                    region = tuple(slice(0, n) for n in spec.shape)
-                    writing = ArrayWriting(self, spec, region, one_core_threads())
-                    left.callback(writing.abandon)
-                    writing.add(values[spec.name])
-                    writing.finish()
-                    writing.appear()
+            for spec in self.layout.merged:
+                self._write(spec, values[spec.name])
             self._record_merged()
         except OSError as error:
             raise self.refused("what is merged of its blocks", error) from error
 
+    def _write(self, spec: ArraySpec, values: Array, region: Region | None = None) -> None:
+        """Write all of an array, or a region of whole files.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        region = tuple(slice(0, n) for n in spec.shape) if region is None else region
+        writing = ArrayWriting(self, spec, region, one_core_threads())
+        try:
+            writing.add(values)
+            writing.finish()
+            writing.appear()
+        finally:
+            writing.abandon()
+
     def _record_merged(self) -> None:
         inputs = self.contents(self.layout.grid)
         record = Record(len(self.layout.grid), self._lengths(), inputs, self._merged_content(inputs), ())
-        self.zarr_array(FINISHED)[...] = record.to_bytes()
+        self._write_record(None, record)
+
+    def _write_record(self, block: Block | None, record: Record) -> None:
+        """Write the record of a block, or of what was merged.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        of_block = () if block is None else tuple(slice(i, i + 1) for i in block.index)
+        region, values = (*of_block, slice(0, Record.size(len(record.files)))), record.to_bytes()
+        name = FINISHED if block is None else RECORDS
+        Chunks(self.path / name, self.kept(name)).write(region, values.reshape(*(1 for _ in of_block), -1))
 
     def _merged_content(self, inputs: bytes) -> bytes:
         """Return a digest of what merged files hold, of one size however many files growth makes of them."""
@@ -522,14 +546,14 @@ class Group:
             OSError: the disk refused.
         """
         self._layout = None
-        self._opened.clear()
+        self._kept.clear()
         if not self.fits(layout):
             raise WorkError(f"{self.path} was made longer by another process: run again")
         for spec in layout.all:
-            if self.zarr_array(spec.name).shape != spec.shape:
+            if self.kept(spec.name).shape != spec.shape:
                 seal(self.path / spec.name / DESCRIPTION, shape=list(spec.shape))
         self._layout = None
-        self._opened.clear()
+        self._kept.clear()
 
     @classmethod
     def mend(cls, path: Path, layout: Layout, attributes: Mapping[str, Any]) -> None:
@@ -567,13 +591,6 @@ def _describes(attributes: Mapping[str, Any]) -> bool:
         and isinstance(reads, dict)
         and all(isinstance(name, str) for name in reads.values())
     )
-
-
-def _codecs(found: Iterable[Any]) -> Iterator[Any]:
-    """Yield codecs, those inside shards too."""
-    for codec in found:
-        yield codec
-        yield from _codecs((*getattr(codec, "codecs", ()), *getattr(codec, "index_codecs", ())))
 
 
 def _is_sealed(folder: Path) -> bool:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zarr.codecs import BloscCodec
 
+from influence_pipeline.cache.chunks import Chunks
 from influence_pipeline.cache.encoding import decode_into
+from influence_pipeline.cache.layout import Kept
 from influence_pipeline.cache.tiles import Region, Tiles
 from influence_pipeline.errors import CacheDamaged, WorkError
 from stages.stage import Array
@@ -21,25 +22,23 @@ from stages.stage import Array
 class StoredArray:
     """An array as it is read: damage is an error that names the place."""
 
-    def __init__(self, array: Any, path: Path, suspect: Callable[[Any], str | None]) -> None:
-        """Read ``array``, which is kept at ``path``; ``suspect`` looks for damage in a part, and says what it is."""
-        self.shape: tuple[int, ...] = array.shape
-        self.dtype: np.dtype[Any] = array.dtype
-        self.path = path
-        compressed = any(isinstance(codec, BloscCodec) for codec in array.compressors)
-        self.tiles = Tiles(path, array) if array.shape and compressed else None
-        self._array = array
+    def __init__(self, kept: Kept, path: Path, suspect: Callable[[Any], str | None]) -> None:
+        """Read what is kept like that at ``path``; ``suspect`` looks for damage in a part, and says what it is."""
+        self.shape, self.dtype, self.path = kept.shape, kept.dtype, path
+        self.tiles = Tiles(path, kept) if kept.shards else None
+        self._file_shape = kept.shards or kept.chunks
+        self._chunks = Chunks(path, kept)
         self._suspect = suspect
 
     def __getitem__(self, index: Any) -> Array:
-        """Return a part.
+        """Return a part, of whole numbers and slices of step 1.
 
         Raises:
             WorkError: the disk refused.
             CacheDamaged: it is not as it was written, or was never written.
         """
         part = self.checked(index, lambda: self._part(index, strict=True))
-        if self.tiles is None or _region(index, self.shape) is None:
+        if self.tiles is None:
             lost = next((path for path in self._files(index) if not path.exists()), None)
             if lost is not None:
                 raise self.damaged(self._suspect(index) or f"{lost} is missing")
@@ -73,14 +72,15 @@ class StoredArray:
         return self._part(index, strict=False)
 
     def _part(self, index: Any, *, strict: bool) -> Array:
-        region = None if self.tiles is None else _region(index, self.shape)
-        if region is not None:
+        region, inside = _region_around(index, self.shape)
+        if self.tiles is None:
+            with self._named(index):
+                out = self._chunks.read(region)
+        else:
             out = np.empty([part.stop - part.start for part in region], self.dtype)
             self.read(region, out, lambda tile, cell, place: np.copyto(place, tile), strict=strict)
-            return out
-        with self._named(index):
-            part: Array = self._array[index]
-        return part
+        found: Array = out[inside]
+        return found
 
     def read(
         self, region: Region, out: Array, decoded: Callable[[Array, Region, Array], None], *, strict: bool = True
@@ -115,9 +115,7 @@ class StoredArray:
         """Yield the files that a part is in: Zarr reads one that is missing as fill values, without a word."""
         parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not Ellipsis]
         spans = []
-        for number, (length, shard) in enumerate(
-            zip(self.shape, self._array.shards or self._array.chunks, strict=True)
-        ):
+        for number, (length, shard) in enumerate(zip(self.shape, self._file_shape, strict=True)):
             part = parts[number] if number < len(parts) else slice(None)
             if isinstance(part, (int, np.integer)):
                 part = slice(int(part) % length, int(part) % length + 1)
@@ -224,6 +222,29 @@ class RowFactors:
             raise self._kept.never_written((rows, slice(None)))
         found: Array = 1 / scale
         return found
+
+
+def _region_around(index: Any, shape: tuple[int, ...]) -> tuple[Region, tuple[Any, ...]]:
+    """Return the region that an index of whole numbers and slices is of, and the index inside of it.
+
+    Raises:
+        IndexError: there is no such part.
+    """
+    parts = index if isinstance(index, tuple) else (index,)
+    inside: list[Any] = []
+    around: list[Any] = []
+    for part, length in zip(parts, shape, strict=False):
+        if isinstance(part, (int, np.integer)):
+            if not -length <= part < length:
+                raise IndexError(f"{part} of {length}")
+            around.append(slice(int(part) % length, int(part) % length + 1))
+            inside.append(0)
+        else:
+            around.append(part)
+            inside.append(slice(None))
+    region = _region(index if index is Ellipsis else tuple(around), shape)
+    assert region is not None, index
+    return region, () if index is Ellipsis else tuple(inside)
 
 
 def _region(index: Any, shape: tuple[int, ...]) -> Region | None:

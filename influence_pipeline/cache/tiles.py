@@ -42,17 +42,17 @@ AHEAD = 2
 
 
 class Tiles:
-    """The files of one array; those of a small one are one tile each, with nothing that says where it is."""
+    """The files of one array."""
 
     def __init__(self, folder: Path, array: Any) -> None:
-        """Read the files of a zarr array that are compressed, at a folder; write them where the array has shards."""
+        """Read and write the files of an array that has shards, at a folder."""
         self.shape: tuple[int, ...] = array.shape
         self.dtype: np.dtype[Any] = array.dtype
-        self.file_shape: tuple[int, ...] = array.shards or array.chunks
+        self.file_shape: tuple[int, ...] = array.shards
         self.tile_shape: tuple[int, ...] = array.chunks
         self.fill = array.fill_value
         self.counts = tuple(f // t for f, t in zip(self.file_shape, self.tile_shape, strict=True))
-        self._folder, self._has_index = folder, array.shards is not None
+        self._folder = folder
 
     def path(self, number: Sequence[int]) -> Path:
         """Return the path of a file by its position in the grid of files."""
@@ -76,20 +76,20 @@ class Tiles:
             FileNotFoundError: a file is missing, and ``strict``.
             ValueError: a file is damaged.
         """
-        for number, part in _cells(region, self.file_shape):
+        for number, part in cells(region, self.file_shape):
             try:
                 with open(self.path(number), "rb", buffering=0) as file:
                     index = self._index(file)
-                    for position, cell in _cells(part, self.tile_shape):
+                    for position, cell in cells(part, self.tile_shape):
                         inside = tuple(p % n for p, n in zip(position, self.counts, strict=True))
                         tile = self._tile(file, *map(int, index[inside]), strict=strict)
                         corner = [p * t for p, t in zip(position, self.tile_shape, strict=True)]
                         piece = tile[tuple(slice(c.start - o, c.stop - o) for c, o in zip(cell, corner, strict=True))]
-                        decoded(piece, cell, out[_within(cell, region)])
+                        decoded(piece, cell, out[within(cell, region)])
             except FileNotFoundError:
                 if strict:
                     raise
-                out[_within(part, region)] = self.fill
+                out[within(part, region)] = self.fill
 
     def _index(self, file: Any) -> Array:
         """Read where the tiles of a file are.
@@ -97,13 +97,11 @@ class Tiles:
         Raises:
             ValueError: it is damaged.
         """
-        length = file.seek(0, 2)
-        if not self._has_index:
-            return np.array([0, length]).reshape(*self.counts, 2)
         size = 16 * math.prod(self.counts) + CHECKSUM_BYTES
+        length = file.seek(0, 2)
         file.seek(max(0, length - size))
         raw = file.read(size)
-        if len(raw) != size or raw[-CHECKSUM_BYTES:] != _checksum(raw[:-CHECKSUM_BYTES]):
+        if len(raw) != size or raw[-CHECKSUM_BYTES:] != checksum(raw[:-CHECKSUM_BYTES]):
             raise ValueError(f"{file.name}: where its tiles are is damaged")
         return np.frombuffer(raw[:-CHECKSUM_BYTES], "<u8").reshape(*self.counts, 2)
 
@@ -119,12 +117,10 @@ class Tiles:
             return np.full(self.tile_shape, self.fill, self.dtype)
         file.seek(offset)
         raw = file.read(max(0, length - CHECKSUM_BYTES))
-        if len(raw) != length - CHECKSUM_BYTES or file.read(CHECKSUM_BYTES) != _checksum(raw):
+        if len(raw) != length - CHECKSUM_BYTES or file.read(CHECKSUM_BYTES) != checksum(raw):
             raise ValueError(f"{file.name}: a tile is damaged")
         tile = own_memory("tile", self.tile_shape, self.dtype)
-        if int.from_bytes(raw[4:8], "little") != tile.nbytes:  # as Blosc's header has it
-            raise ValueError(f"{file.name}: a tile has another size")
-        blosc.decompress(raw, tile)
+        unpack(raw, tile, file.name)
         return tile
 
 
@@ -154,7 +150,7 @@ class Filling:
             pool: threads that each compute on one core, and begin what they are given in order.
         """
         self._tiles, self._region, self._encode, self._pool = tiles, region, encode, pool
-        self._columns = [cell for _, cell in _cells(region[1:], tiles.tile_shape[1:])]
+        self._columns = [cell for _, cell in cells(region[1:], tiles.tile_shape[1:])]
         self._runs = _runs(self._columns)
         self._next = region[0].start
         self._band: _Band | None = None
@@ -246,10 +242,10 @@ class Filling:
             inside = slice(first + start - band.start, first + start - band.start + len(rows))
             encoded = self._encode(rows, first + start - self._region[0].start)
             for columns, cells in self._runs:
-                part = encoded(_within(columns, self._region[1:]))
+                part = encoded(within(columns, self._region[1:]))
                 for number, cell in cells:
                     where = tuple(slice(0, c.stop - c.start) for c in cell)
-                    convert(part[(slice(None), *_within(cell, columns))], band.tiles[number][(inside, *where)])
+                    convert(part[(slice(None), *within(cell, columns))], band.tiles[number][(inside, *where)])
 
     def _close(self, band: _Band) -> None:
         packed = [self._pool.submit(self._packed, band, tile) for tile in band.tiles]
@@ -260,9 +256,7 @@ class Filling:
     def _packed(self, band: _Band, tile: Array) -> bytes:
         for placed in band.rows:
             placed.result()
-        shuffle = blosc.SHUFFLE if tile.itemsize > 1 else blosc.NOSHUFFLE
-        packed: bytes = blosc.compress(tile, b"lz4", 5, shuffle)
-        return packed
+        return pack(tile)
 
     def _append(self, band: _Band, packed: list[Future[bytes]], before: Future[None] | None) -> None:
         """Write a band's tiles behind those of the band before."""
@@ -306,12 +300,12 @@ class _File:
     def append(self, position: tuple[int, ...], packed: bytes) -> None:
         self._index[position] = self.length, len(packed) + CHECKSUM_BYTES
         self._write(packed)
-        self._write(_checksum(packed))
+        self._write(checksum(packed))
 
     def finish(self) -> None:
         raw = self._index.tobytes()
         self._write(raw)
-        self._write(_checksum(raw))
+        self._write(checksum(raw))
         self._file.close()
 
     def abandon(self) -> None:
@@ -328,7 +322,7 @@ class _File:
         self.checksum = int(google_crc32c.extend(self.checksum, data))
 
 
-def _cells(region: Region, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Region]]:
+def cells(region: Region, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Region]]:
     """Yield the cells of a regular grid that a region touches: their positions, and what the region has of each."""
     spans = [range(p.start // n, math.ceil(p.stop / n)) for p, n in zip(region, shape, strict=True)]
     for position in itertools.product(*spans):
@@ -341,9 +335,29 @@ def _cells(region: Region, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, 
         )
 
 
-def _within(part: Region, whole: Region) -> Region:
+def within(part: Region, whole: Region) -> Region:
+    """Return where a part is inside of a region that has it."""
     return tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, whole, strict=True))
 
 
-def _checksum(raw: bytes) -> bytes:
+def pack(tile: Array) -> bytes:
+    """Compress a tile."""
+    shuffle = blosc.SHUFFLE if tile.itemsize > 1 else blosc.NOSHUFFLE
+    packed: bytes = blosc.compress(tile, b"lz4", 5, shuffle)
+    return packed
+
+
+def unpack(packed: bytes, tile: Array, file: object) -> None:
+    """Decompress a tile into its place.
+
+    Raises:
+        ValueError: it is of another size; what ``file`` it is in is said.
+    """
+    if int.from_bytes(packed[4:8], "little") != tile.nbytes:  # as Blosc's header has it
+        raise ValueError(f"{file}: a tile has another size")
+    blosc.decompress(packed, tile)
+
+
+def checksum(raw: bytes) -> bytes:
+    """Return the CRC-32C that stands behind some bytes."""
     return int(google_crc32c.value(raw)).to_bytes(CHECKSUM_BYTES, "little")

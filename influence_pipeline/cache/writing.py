@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from influence_pipeline.cache.chunks import Chunks
 from influence_pipeline.cache.encoding import SCALED, convert, factors, scaled, scales
 from influence_pipeline.cache.layout import SCALE
 from influence_pipeline.cache.record import FileSum
@@ -32,16 +33,16 @@ class ArrayWriting:
     def __init__(self, group: Group, spec: ArraySpec, region: Region, pool: Threads | None) -> None:
         """Begin with the first row of a region; arrays of tiles need a pool of threads."""
         self.group, self.spec, self.region = group, spec, region
-        self._target = group.zarr_array(spec.name)
+        self._kept = group.kept(spec.name)
         self._values: list[Array] = []
         self.scale: Array | None = None
         if spec.encoding in SCALED:
             rows = region[0].stop - region[0].start
             self.scale = np.empty((rows, factors(spec.shape[1], spec.encoding)), np.float32)
         self._filling: Filling | None = None
-        if self._target.shards:
+        if self._kept.shards:
             assert pool is not None
-            self._filling = Filling(Tiles(group.path / spec.name, self._target), region, self._encode, pool)
+            self._filling = Filling(Tiles(group.path / spec.name, self._kept), region, self._encode, pool)
 
     def add(self, values: Array) -> None:
         """Take the next rows, which must not change any more.
@@ -74,10 +75,10 @@ class ArrayWriting:
             return {path: FileSum(*found) for path, found in self._filling.appear().items()}
         values = np.concatenate(self._values) if len(self._values) > 1 else self._values[0]
         if self.scale is not None:
-            found = np.empty(values.shape, self._target.dtype)
+            found = np.empty(values.shape, self._kept.dtype)
             convert(self._encode(values, 0)((slice(0, values.shape[1]),)), found)
             values = found
-        self._target[self.region if self.region else ...] = values
+        Chunks(self.group.path / self.spec.name, self._kept).write(self.region, values)
         return {}
 
     def abandon(self) -> None:
@@ -106,7 +107,7 @@ class BlockWriting:
             WorkError: the disk refused, or the group is gone.
         """
         self._group, self._block = group, block
-        tiled = any(group.zarr_array(spec.name).shards for spec in group.layout.stored)
+        tiled = any(group.kept(spec.name).shards for spec in group.layout.stored)
         self._pool = one_core_threads() if tiled else None
         self._arrays = {spec.name: self._begin(spec) for spec in group.layout.arrays}
         try:

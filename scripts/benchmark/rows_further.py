@@ -71,8 +71,8 @@ def again(pipeline: ip.Pipeline) -> Side:
 
 def small(bench: Bench) -> float:
     """Return the ratio on the small CNN, all of whose gradients are kept."""
-    samples = bench.size(4096, 64)
-    experiment = workload.experiment(samples, {"further": bench.size(64, 8)})
+    samples = bench.size(4096, 16)
+    experiment = workload.experiment(samples, {"further": bench.size(64, 2)})
     pipeline = ip.Pipeline(experiment, bench.fresh("further_small"), workload.settings())
     pipeline.grad_z()
     pipeline.s_test("further")
@@ -91,9 +91,9 @@ def small(bench: Bench) -> float:
 
 
 def further(bench: Bench) -> Row:
-    samples, count = bench.size(20480, 128), bench.size(64, 8)
+    samples, count = bench.size(20480, 16), bench.size(64, 2)
     torch.manual_seed(0)
-    inputs, labels = workload.images(1024, 3, 32)
+    inputs, labels = workload.images(bench.size(1024, 16), 3, 32)
     model = workload.fitted(LargerCnn(), inputs, labels, bench.size(50, 1))
     experiment = ip.Experiment(
         *(model, workload.TASK, workload.Repeated(inputs, labels, samples)),

@@ -57,7 +57,7 @@ class Scene:
 @functools.cache
 def scene(bench: Bench) -> Scene:
     """Compute gradients once for all rows."""
-    samples = bench.size(12288, 256)
+    samples = bench.size(12288, 64)
     experiment = workload.experiment(samples, {"few": 8, "many": bench.size(64, 16)})
     pipeline = ip.Pipeline(experiment, bench.fresh("influence"), workload.settings())
     pipeline.grad_z()

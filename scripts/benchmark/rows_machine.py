@@ -42,7 +42,7 @@ def both_stages(bench: Bench, workers: int) -> Side:
     """Return what computes gradients and solutions anew."""
     solver = {"solver": "cg", "damping": 50.0, "sample": bench.size(32, 4)}
     settings = workload.settings(s_test=solver, runtime={"workers": workers})
-    experiment = workload.experiment(bench.size(8192, 1280), {"holdout": 8 * bench.size(8, 2)})
+    experiment = workload.experiment(bench.size(8192, 64), {"holdout": 8 * bench.size(8, 2)})
     pipeline = None
 
     def prepare() -> None:
@@ -59,7 +59,8 @@ def both_stages(bench: Bench, workers: int) -> Side:
 
 
 def two_workers(bench: Bench) -> Row:
-    with one_thread(), small_blocks("MOST_TESTS", 8):
+    rows = bench.size(plan.MOST_ROWS, 32)  # several blocks, however few samples there are
+    with one_thread(), small_blocks("MOST_TESTS", 8), small_blocks("MOST_ROWS", rows):
         two, one = alternate(bench, both_stages(bench, 2), both_stages(bench, 1))
     get_reusable_executor().shutdown(wait=True)
     threads = max(1, (os.cpu_count() or 1) // 2)
@@ -86,9 +87,14 @@ BLOCK = 16
 INTERRUPTIONS = 5
 
 
+def blocks(bench: Bench) -> int:
+    """Return how many blocks there are."""
+    return bench.size(1000, 10)
+
+
 def resumed(bench: Bench, interruptions: int) -> Side:
     """Return what computes gradients in many small blocks, going on after every interruption."""
-    samples = BLOCK * bench.size(1000, 20)
+    samples = BLOCK * blocks(bench)
     data = Interrupting(*workload.images(workload.DISTINCT), samples)
     experiment = ip.Experiment(workload.trained_cnn(), workload.TASK, data, {})
     cache = bench.folder / f"resumed_{interruptions}"
@@ -113,7 +119,7 @@ def resume(bench: Bench) -> Row:
     with small_blocks("MOST_ROWS", BLOCK):
         often, once = alternate(bench, resumed(bench, INTERRUPTIONS), resumed(bench, 0))
     return Row(
-        *("resume", f"grad_z of {bench.size(1000, 20)} blocks, interrupted {INTERRUPTIONS} times", "not interrupted"),
+        *("resume", f"grad_z of {blocks(bench)} blocks, interrupted {INTERRUPTIONS} times", "not interrupted"),
         *(often, once, "s", 1.02, True),
     )
 

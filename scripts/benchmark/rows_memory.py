@@ -24,9 +24,9 @@ def whole(folder: Path, samples: int) -> int:
     import influence_pipeline as ip
 
     torch.manual_seed(0)
-    model = workload.fitted(workload.small_cnn(8, 16), *workload.images(workload.DISTINCT), 50)
+    model = workload.fitted(workload.small_cnn(8, 16), *workload.images(workload.DISTINCT), workload.STEPS // 4)
     experiment = workload.experiment(samples, {"holdout": 64}, model)
-    pipeline = ip.Pipeline(experiment, folder, workload.settings(influence={"top_k": 100}))
+    pipeline = ip.Pipeline(experiment, folder, workload.settings(influence={"top_k": min(100, samples)}))
     pipeline.plan()
     with peak() as held:
         pipeline.run()
@@ -64,7 +64,7 @@ def in_child(bench: Bench, *what: str) -> list[int]:
 
 
 def memory(bench: Bench) -> Row:
-    few, many = bench.size((4096, 65536), (1024, 2048))
+    few, many = bench.size((4096, 65536), (64, 128))
     peaks: dict[int, list[int]] = {many: [], few: []}
     for _ in range(bench.repeats):
         for samples, found in peaks.items():
@@ -77,7 +77,7 @@ def memory(bench: Bench) -> Row:
 
 
 def wide(bench: Bench) -> Row:
-    units = bench.size(200_000, 20_000)
+    units = bench.size(200_000, 2_000)
     peaks, predicted = zip(*(in_child(bench, "wide", str(units)) for _ in range(bench.repeats)), strict=True)
     return Row(
         *("wide", f"peak memory of grad_z, D = {103 * units + 2}", "as predicted"),

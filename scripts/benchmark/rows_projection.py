@@ -33,7 +33,7 @@ WIDTH = 64
 
 def scores(bench: Bench, projection: dict[str, object] | None, solver: dict[str, object]) -> np.ndarray:
     """Return the scores of the small CNN (T, N)."""
-    samples, tests = bench.size((512, 32), (64, 4))
+    samples, tests = bench.size((512, 32), (32, 2))
     sections = {"grad_z": {"projection": projection}, "s_test": solver}
     cache = bench.folder / f"scores_{projection and projection['kind']}"
     pipeline = ip.Pipeline(workload.experiment(samples, {"holdout": tests}), cache, workload.settings(**sections))
@@ -60,7 +60,7 @@ def identity(bench: Bench) -> Row:
 
 
 def ggn(bench: Bench) -> Row:
-    solver = {"solver": "cg", "curvature": "ggn", "damping": DAMPING, "tolerance": 1e-3}
+    solver = {"solver": "cg", "curvature": "ggn", "damping": DAMPING, "tolerance": bench.size(1e-3, 0.3)}
     return kept(bench, "projection_ggn", solver, 0.92)
 
 
@@ -156,7 +156,7 @@ def whole_resnet(bench: Bench) -> Row:
 
 
 def projected_resnet(bench: Bench) -> Row:
-    return within(bench, "projected_memory", bench.size(20_000, 64), bench.size(DIM, 256))
+    return within(bench, "projected_memory", bench.size(20_000, 16), bench.size(DIM, 256))
 
 
 ROWS = {

@@ -40,7 +40,7 @@ PLAIN = {"ggn": plain_ggn, "hessian": plain_hessian}
 def steps(bench: Bench, kind: str, minibatch: int, count: int) -> list[float]:
     """Return the seconds of one step for all test samples, and of one product after the other."""
     options = {"solver": "lissa", "damping": 0.1, "scale": 10.0, "curvature": kind}
-    context = Context(workload.experiment(bench.size(4096, 512), {}), workload.settings(s_test=options))
+    context = Context(workload.experiment(bench.size(4096, 16), {}), workload.settings(s_test=options))
     context.train.keep()
     curvature, model = context.curvature(len(context.train)), workload.trained_cnn()
     batch = context.train.batch(list(range(minibatch)))
@@ -63,16 +63,19 @@ def steps(bench: Bench, kind: str, minibatch: int, count: int) -> list[float]:
     return alternate(bench, Side(step), Side(one_after_the_other))
 
 
-def row(bench: Bench, minibatch: int, bar: float) -> Row:
+def row(bench: Bench, name: str, minibatch: int, bar: float) -> Row:
     """Compare steps over a minibatch with the default curvature; in the note is the other kind, measured once."""
-    count = bench.size(64, 2)
+    count, minibatch = bench.size((64, minibatch), (2, 8))
     ours, theirs = steps(bench, "ggn", minibatch, count)
     hessian = steps(replace(bench, repeats=1), "hessian", minibatch, count)
     return Row(
-        *(f"lissa_{minibatch}", f"a LiSSA step, T = {count}, Gauss-Newton, minibatch {minibatch}"),
+        *(name, f"a LiSSA step, T = {count}, Gauss-Newton, minibatch {minibatch}"),
         *(f"{count} plain double-backward products", ours, theirs, "s", bar),
         note=f"Hessian: {hessian[1] / hessian[0]:.2f}x ({hessian[0]:.3g} against {hessian[1]:.3g} s)",
     )
 
 
-ROWS = {"lissa_32": lambda bench: row(bench, 32, 4), "lissa_512": lambda bench: row(bench, 512, 1.5)}
+ROWS = {
+    "lissa_32": lambda bench: row(bench, "lissa_32", 32, 4),
+    "lissa_512": lambda bench: row(bench, "lissa_512", 512, 1.5),
+}

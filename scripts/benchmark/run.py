@@ -69,6 +69,8 @@ def main() -> None:
 
     # Before torch is loaded: threads that wait by spinning take the core from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if options.quick:
+        os.environ["BENCHMARK_QUICK"] = "1"
     sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
     from common import Bench, table

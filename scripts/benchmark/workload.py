@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
@@ -14,8 +14,12 @@ from torch.utils.data import Dataset, TensorDataset
 import influence_pipeline as ip
 
 TASK = ip.Classification(l2=1e-3)
-DISTINCT = 4096
+QUICK = bool(os.environ.get("BENCHMARK_QUICK"))
+"""Whether this, or what started it, is a look whether everything runs."""
+DISTINCT = 512 if QUICK else 4096
 """Images that differ; longer data sets repeat them."""
+STEPS = 5 if QUICK else 200
+"""Of training."""
 
 
 class Repeated(Dataset[tuple[Tensor, Tensor]]):
@@ -38,14 +42,24 @@ class Repeated(Dataset[tuple[Tensor, Tensor]]):
 @functools.cache
 def images(count: int, channels: int = 1, side: int = 28) -> tuple[Tensor, Tensor]:
     """Return handwritten digits as larger images, each moved and made a little noisy, with their labels."""
-    bunch = load_digits()
+    digits, labels = handwritten()
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.arange(count) % len(bunch.target)
-    small = torch.tensor(bunch.images / 16, dtype=torch.float32)[chosen].unsqueeze(1)
+    chosen = torch.arange(count) % len(labels)
+    small = digits[chosen].unsqueeze(1)
     large = functional.interpolate(small, (side, side), mode="bilinear").repeat(1, channels, 1, 1)
     moves = torch.randint(-2, 3, (count, 2), generator=generator).tolist()
     moved = torch.stack([image.roll(move, (1, 2)) for image, move in zip(large, moves, strict=True)])
-    return moved + 0.05 * torch.randn(moved.shape, generator=generator), torch.tensor(bunch.target)[chosen]
+    return moved + 0.05 * torch.randn(moved.shape, generator=generator), labels[chosen]
+
+
+def handwritten() -> tuple[Tensor, Tensor]:
+    """Return digits of 8 × 8 and their labels; for a look blots, which take no time to be loaded."""
+    if QUICK:
+        return torch.rand(100, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(100) % 10
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return torch.tensor(bunch.images / 16, dtype=torch.float32), torch.tensor(bunch.target)
 
 
 def small_cnn(channels: int = 16, hidden: int = 32) -> nn.Module:
@@ -78,9 +92,9 @@ def fitted(model: nn.Module, inputs: Tensor, labels: Tensor, steps: int) -> nn.M
 
 @functools.cache
 def trained_cnn(channels: int = 16, hidden: int = 32) -> nn.Module:
-    """Return the small CNN after 200 steps, the same every time on one machine."""
+    """Return the small CNN after some steps, the same every time on one machine."""
     torch.manual_seed(0)
-    return fitted(small_cnn(channels, hidden), *images(DISTINCT), 200)
+    return fitted(small_cnn(channels, hidden), *images(DISTINCT), STEPS)
 
 
 def tests(count: int) -> TensorDataset:

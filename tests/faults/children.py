@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def run(
     pause: float = 0.0,
     train: int = 60,
     tests: int = 10,
+    clock: str | None = None,
 ) -> None:
     """Run the whole tiny experiment.
 
@@ -62,8 +64,11 @@ def run(
         pause: seconds before each array of a block is written.
         train: training samples.
         tests: test samples.
+        clock: a file; when it was written last is what time it is, for claims to expire.
     """
     prepare(events, expiry, pause)
+    if clock is not None:
+        claims.time = SimpleNamespace(monotonic=lambda: os.stat(clock).st_mtime, sleep=time.sleep)  # type: ignore[assignment]
     experiment = tiny.experiment(train=tiny.points(train, 1), tests={"holdout": tiny.points(tests, 2)})
     ip.Pipeline(experiment, cache, tiny.settings()).run()
 
@@ -253,8 +258,8 @@ class Child:
         assert self.exit is not None
         return self.exit
 
-    def killed(self, after: float) -> int:
-        """Kill it so many seconds after its start; return the exit code, −9 unless it was done before."""
+    def killed(self, after: float = 0.0) -> int:
+        """Kill it so many seconds after its start, or now; return the exit code, −9 unless it was done before."""
         self.signal(signal.SIGKILL, after)
         return self.wait()
 

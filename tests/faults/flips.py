@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import logging
 import random
 import re
 import shutil
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 import influence_pipeline as ip
 from influence_pipeline import plan
@@ -251,30 +247,11 @@ class Flips:
             (self.cache / name).write_bytes(content)
 
 
-def without_threads() -> None:
-    """Have zarr work in this thread: its many are most of the time that so small arrays take."""
-    loops, sync = threading.local(), zarr.core.sync.sync
-
-    async def at_once(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    def in_this_thread(work: Any, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(loops, "own"):
-            loops.own = asyncio.new_event_loop()
-        return loops.own.run_until_complete(work)
-
-    asyncio.to_thread = at_once
-    for module in list(sys.modules.values()):
-        if module.__name__.startswith("zarr.") and getattr(module, "sync", None) is sync:
-            vars(module)["sync"] = in_this_thread
-
-
 def some(folder: str, seeds: tuple[int, int], progress: str) -> dict[str, Any]:
     """Harm a cache once for each seed of a range, in a child; a byte is added to a file after each."""
     children.prepare()
     plan.MOST_ROWS, plan.MOST_TESTS, plan.MOST_SCORED_TESTS = BLOCKS
     logging.disable()
-    without_threads()
     Path(folder).mkdir(parents=True)
     flips, kinds, wrong = Flips(Path(folder)), Counter[str](), []
     for seed in range(*seeds):

@@ -19,7 +19,7 @@ from time import monotonic, sleep
 from influence_pipeline.cache import STAGES, Group
 from influence_pipeline.cache.layout import FINISHED, RECORDS
 from tests import tiny
-from tests.faults.children import ROOT, Child, Server
+from tests.faults.children import LOOK, ROOT, Child, Server
 
 RUN = "tests.faults.children:run"
 CHAIN = 10
@@ -45,8 +45,6 @@ AIMS = (
 )
 """Where to kill as a chain goes on; what comes after the last block, too, is aimed at with the last."""
 LEFT = (".partial", ".claim")
-IDLE = 0.35
-"""Share of a stage's time that it takes when all of it is there."""
 
 
 @dataclass
@@ -111,6 +109,11 @@ class Reference:
         """Return the first stage of which something is missing."""
         missing = {name.split("/")[0] for name in self.records.keys() - self.there(cache)}
         return next((stage for stage in STAGES if stage in missing), END)
+
+    def reach(self, cache: Path, count: int, child: Child) -> None:
+        """Wait until a cache has so many records, or a process has ended."""
+        while len(self.there(cache)) < count and child.exit is None:
+            sleep(LOOK)
 
     def wrong(self, cache: Path) -> list[str]:
         """Say which files of blocks that have a record are not as they should be."""
@@ -183,19 +186,14 @@ def in_fork(server: Server, cache: Path, events: Path) -> Child:
 
 
 PROJECT = """\
-import tempfile
 from pathlib import Path
 
-import influence_pipeline as ip
 from tests import tiny
 
 tiny.shrink_blocks()
 
 
 def experiment():
-    # Once before, since torch and zarr load much of themselves only when it is used.
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:
-        ip.Pipeline(tiny.experiment(), Path(folder, "cache"), tiny.settings()).run()
     (Path(__file__).parent / "begun").touch()
     return tiny.experiment()
 """
@@ -221,7 +219,7 @@ def in_new_process(cache: Path, events: Path) -> Child:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with said.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-    until = monotonic() + (0 if events.stem == "1" else 60)
+    until = monotonic() + (0 if events.stem == "1" else 60)  # the first one may be killed while it imports
     while not begun.exists() and process.poll() is None and monotonic() < until:
         sleep(0.005)
     return Child(process.pid, said.with_suffix(".out"), process.poll)
@@ -234,7 +232,7 @@ def chain(start: Start, reference: Reference, folder: Path, seed: int, kills: in
     """Kill runs on one cache until so many were hit, then let one go on to the end."""
     draw, tally = random.Random(seed), Tally()
     folder.mkdir(parents=True)
-    cache, pace = folder / "cache", 1.0
+    cache = folder / "cache"
     for number in range(1, 3 * kills + 1):
         if tally.tried == kills:
             break
@@ -244,12 +242,12 @@ def chain(start: Start, reference: Reference, folder: Path, seed: int, kills: in
         before = {name: _touched(cache / name) for name in reference.there(cache)}
         events = folder / f"{number}.events"
         aim = AIMS[int(len(AIMS) * tally.tried / kills)]
-        after = pace * _moment(draw, reference, cache, aim)
+        count, after = _moment(draw, reference, cache, aim)
         child = start(cache, events)
-        code = child.killed(after)
-        what = f"chain {seed}, run {number}, killed after {after:.3f} s"
-        late = ORDER.index(reference.stage(cache)) - ORDER.index(aim)
-        pace = min(10.0, max(0.3, pace * (1.15 if late < 0 else 0.85 if late > 0 else 1.0)))
+        reference.reach(cache, count, child)
+        sleep(after)
+        code = child.killed()
+        what = f"chain {seed}, run {number}, killed {after:.3f} s after there were {count} records"
         if code == 0:
             tally.missed += 1
         elif code == -9:
@@ -301,18 +299,22 @@ def _last(start: Start, reference: Reference, cache: Path, what: str, tally: Tal
     tally.left += [f"{what}, last run: {name}" for name in left_over(cache)]
 
 
-def _moment(draw: random.Random, reference: Reference, cache: Path, aim: str) -> float:
-    """Draw when to kill the next run: within a stage, or if that is done, within the one that it goes on with."""
-    there, at, spans = reference.there(cache), 0.0, {}
-    for stage in ORDER:
-        of_stage = [name for name in reference.records if name.startswith(f"{stage}/")]
-        missing = sum(name not in there for name in of_stage) / len(of_stage) if of_stage else 1.0
-        length = reference.seconds[stage] * (IDLE + (1 - IDLE) * missing)
-        spans[stage] = (at, at + length)
-        at += length
-    first = reference.stage(cache)
-    at, end = (0.0, spans[first][1]) if ORDER.index(aim) <= ORDER.index(first) else spans[aim]
-    return draw.uniform(at, spans[END][1] if aim == AIMS[-1] else end)
+def _moment(draw: random.Random, reference: Reference, cache: Path, aim: str) -> tuple[int, float]:
+    """Draw when to kill the next run: once there are so many records, and so many seconds later.
+
+    That is within a stage, or if that is done, within the one that it goes on with; with the last aim, or at the end.
+    """
+    there = reference.there(cache)
+    missing = Counter(name.split("/")[0] for name in reference.records.keys() - there)
+    stage = max(aim, reference.stage(cache), key=ORDER.index)
+    place = draw.randrange(missing[stage] + (aim == AIMS[-1]))
+    count = len(there) + sum(missing[earlier] for earlier in STAGES[: STAGES.index(stage)]) + place
+    if count == len(there):  # while it starts
+        return count, draw.uniform(0, reference.seconds[STAGES[0]])
+    if place == missing[stage]:
+        return count, draw.uniform(0, reference.seconds[END])
+    of_stage = sum(name.startswith(f"{stage}/") for name in reference.records)
+    return count, draw.uniform(0, reference.seconds[stage] / of_stage)
 
 
 # ---- many ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from influence_pipeline.cache import STAGES
 from tests.faults.children import Child, Server
 from tests.faults.kills import LANES, RUN, Event, Reference, Tally, Told, ended, left_over, read_events
 
@@ -20,24 +21,34 @@ KINDS = (
 )
 EXPIRY = 0.5
 """Seconds that a claim lasts in the last of these."""
+SHARES = (1.0, 0.5, 0.25)
+"""Of the work, within which a process is harmed: one that ended before is harmed earlier in another try."""
+STARTING = 0.15
+"""How often a process is harmed while it starts, as a share of all of the work."""
 
 
-def together(server: Server, reference: Reference, folder: Path, seed: int) -> Tally:
-    """Run at once what the seed says, and look at what came out."""
+def together(server: Server, reference: Reference, folder: Path, seed: int, share: float = 1.0) -> Tally:
+    """Run at once what the seed says, and look at what came out; harm is done within the first share of the work."""
     draw, kind = random.Random(seed), KINDS[seed % len(KINDS)]
     folder.mkdir(parents=True)
     cache, count = folder / "cache", 3 if "three" in kind else 2
     if draw.random() < 0.4:
         _copy_some(reference, cache, draw)
     before, what = reference.there(cache), f"{kind} (seed {seed})"
+    missing = len(reference.records) - len(before)
     expiry = EXPIRY if "longer" in kind else None
     children = []
     for number in range(count):
+        if number and draw.random() < 0.5:
+            reference.reach(cache, len(before) + int(0.4 * missing * draw.random()), children[0])
         children.append(server.start(RUN, cache=cache, events=folder / f"{number}.events", expiry=expiry))
-        if number + 1 < count:
-            time.sleep(draw.choice((0.0, draw.uniform(0, 0.3))))
     harmed = draw.choice(children)
-    hit = _harm(harmed, kind, draw, reference)
+    hit = True
+    if "one" in kind:
+        moment = draw.uniform(-STARTING, share)
+        after = reference.seconds[STAGES[0]] * draw.random() * (moment < 0)  # before the first block, mostly
+        reference.reach(cache, len(before) + int(missing * moment), harmed)
+        hit = _harm(harmed, kind, draw, after)
     wrong = []
     for number, child in enumerate(children):
         failed = ended(child)
@@ -57,25 +68,21 @@ def together(server: Server, reference: Reference, folder: Path, seed: int) -> T
     left = left_over(cache)
     if not wrong:
         shutil.rmtree(folder)
-    return Tally(
-        1, int(not hit), Counter([kind]), [f"{what}: {name}" for name in left], [f"{what}: {text}" for text in wrong]
-    )
+    told = [f"{what}: {name}" for name in left], [f"{what}: {text}" for text in wrong]
+    return Tally(int(hit), int(not hit), Counter([kind] * hit), *told)
 
 
 def _copy_some(reference: Reference, cache: Path, draw: random.Random) -> None:
     """Begin with a part of what there is in the end: blocks without their records are of killed processes."""
     shutil.copytree(reference.path, cache)
     share = draw.random()
-    for name in reference.records:
-        if draw.random() < share:
-            (cache / name).unlink()
+    lost = [name for name in reference.records if draw.random() < share]
+    for name in lost or [draw.choice(sorted(reference.records))]:
+        (cache / name).unlink()
 
 
-def _harm(child: Child, kind: str, draw: random.Random, reference: Reference) -> bool:
-    """Kill or stop a process at a random moment, if the kind says so; say whether it was still there."""
-    if "one" not in kind:
-        return True
-    after = draw.uniform(0.0, 1.2 * sum(reference.seconds.values()))
+def _harm(child: Child, kind: str, draw: random.Random, after: float) -> bool:
+    """Kill or stop a process so many seconds after its start, or now; say whether it was still there."""
     if "killed" in kind:
         return child.signal(signal.SIGKILL, after)
     hit = child.signal(signal.SIGSTOP, after)
@@ -104,11 +111,16 @@ def _twice(events: dict[str, list[Event]], before: set[str], killed: str | None)
 
 
 def many(server: Server, reference: Reference, folder: Path, rounds: int, told: Told = lambda tally: None) -> Tally:
-    """Do so many rounds; ``told`` hears of each."""
+    """Do so many rounds, each again where there was nobody left to be harmed; ``told`` hears of each."""
     total = Tally()
 
     def one(seed: int) -> Tally:
-        return together(server, reference, folder / str(seed), seed)
+        tally = Tally()
+        for share in SHARES:
+            tally.add(together(server, reference, folder / f"{seed}.{share}", seed, share))
+            if tally.tried:
+                break
+        return tally
 
     with ThreadPoolExecutor(LANES) as lanes:
         for tally in lanes.map(one, range(rounds)):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,18 +25,6 @@ Invoke = Callable[..., Result]
 def invoke() -> Invoke:
     """Return what runs a command in this process."""
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
-
-
-def start(*words: object, seconds_per_sample: float = 0) -> subprocess.Popen[str]:
-    """Run a command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "influence_pipeline.cli", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SECONDS_PER_SAMPLE": str(seconds_per_sample)},
-    )
 
 
 def add(settings: Path, text: str) -> None:
@@ -234,43 +221,15 @@ def test_work_that_fails_is_exit_code_1_and_goes_on_later(invoke: Invoke, projec
             '        if position == 38:\n            raise OSError("disk on fire")\n        return self.data[position]',
         )
     )
-    failed = start("run", project)
-    out, err = failed.communicate(timeout=60)
-    assert failed.returncode == 1, err
-    assert "data set 'train' raised at sample 38: OSError: disk on fire" in err
-    assert "Traceback" not in out + err
+    failed = invoke("run", project)
+    assert failed.exit_code == 1, failed.output
+    assert "data set 'train' raised at sample 38: OSError: disk on fire" in failed.stderr
+    assert "Traceback" not in failed.output
     kept = tiny.blocks(project.parent / "runs")
     assert len(kept) == 2
     file.write_text(good)
     result = invoke("grad-z", project)
     assert "2 of 4 blocks computed" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("workers", "number", "code"), [(1, "SIGINT", 130), (2, "SIGINT", 130), (2, "SIGTERM", 143), (1, "SIGTERM", 143)]
-)
-def test_an_interrupted_run_keeps_its_progress(
-    invoke: Invoke, project: Path, workers: int, number: str, code: int
-) -> None:
-    with project.open("a") as settings:
-        settings.write(f'workers = {workers}\nlog_file = "log.txt"\n')
-    process = start("run", project, seconds_per_sample=0.03)
-    records = project.parent / "runs" / "grad_z"
-    try:
-        while not list(records.glob("*/blocks/c/*/0")) and process.poll() is None:
-            time.sleep(0.02)
-        os.killpg(process.pid, getattr(signal, number))
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == code, err
-    assert "interrupted: finished blocks are kept" in err
-    assert "Traceback" not in out + err
-    kept = tiny.blocks(project.parent / "runs")
-    assert kept
-    assert len(kept) < 4
-    project.write_text(project.read_text().replace("workers = 2", "workers = 1"))
-    assert f"{4 - len(kept)} of 4 blocks computed" in invoke("grad-z", project).stdout
 
 
 def test_a_log_file_has_what_happened_and_no_progress_bars(invoke: Invoke, project: Path) -> None:
@@ -293,31 +252,22 @@ def test_a_log_file_that_cannot_be_written_is_refused(invoke: Invoke, project: P
     refused(invoke("run", project), "runtime.log_file", "cannot be written")
 
 
-def test_help_without_a_command_needs_no_torch() -> None:
-    code = (
-        "import sys; from influence_pipeline.cli import app; app(['--help'], standalone_mode=False); "
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert "Training data attribution" in done.stdout
-    assert done.stdout.splitlines()[-1] == "False"
-
-
 WITHOUT_TORCH = """
-import sys
+import json, sys
 from influence_pipeline.cli import app
-try:
-    app(sys.argv[1:])
-except SystemExit as end:
-    assert "torch" not in sys.modules
-    sys.exit(end.code)
+for words in json.loads(sys.argv[1]):
+    app(words, standalone_mode=False)
+assert "torch" not in sys.modules
 """
 
 
 def test_what_needs_neither_model_nor_data_needs_no_pytorch(invoke: Invoke, project: Path) -> None:
     assert invoke("run", project).exit_code == 0
     key = next((project.parent / "runs").glob("influence/*/scores")).parent.name
-    for words in (["--help"], ["status", project], ["show", project], ["rm", project, key, "--yes"]):
-        command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, words)]
-        done = subprocess.run(command, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        assert done.returncode == 0, done.stderr
+    words = [["--help"], ["status", str(project)], ["show", str(project)], ["rm", str(project), key, "--yes"]]
+    command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(words)]
+    done = subprocess.run(command, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    for said in ("Training data attribution", "4 sets of arrays", "most helpful on average", f"influence/{key}"):
+        assert said in done.stdout
+    assert not list((project.parent / "runs").glob("influence/holdout-*"))

@@ -15,6 +15,7 @@ import zarr
 
 import influence_pipeline as ip
 from influence_pipeline.cache import STAGES, Cache, Group, Layout
+from influence_pipeline.cache.chunks import Chunks
 from influence_pipeline.work import Work
 from stages.stage import ArraySpec, Axis, Block, Grid
 from tests import tiny
@@ -325,22 +326,16 @@ def test_a_block_that_could_not_be_written_again_does_not_exist(
     group: Group, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
     fill(group, layout(10))
-    array = group.zarr_array
+    write = Chunks.write
 
-    class Full:
-        dtype, shape, shards = array(fails_at).dtype, array(fails_at).shape, None
-
-        def __setitem__(self, index: Any, value: Any) -> None:
-            if np.any(value):
-                raise OSError("No space left on device")
-            array(fails_at)[index] = value
-
-        def __getitem__(self, index: Any) -> Any:
-            return array(fails_at)[index]
+    def full(chunks: Chunks, *what: Any) -> None:
+        if chunks.path(()).parent.name == fails_at:
+            raise OSError("No space left on device")
+        write(chunks, *what)
 
     block = layout(10).grid.block((1,))
     with monkeypatch.context() as patch:
-        patch.setattr(group, "zarr_array", lambda name: Full() if name == fails_at else array(name))
+        patch.setattr(Chunks, "write", full)
         with pytest.raises(ip.WorkError, match="No space left on device"):
             tiny.commit(group, block, values(range(4, 8)))
     assert [bool(group.whole(block)) for block in layout(10).grid] == [True, False, True]

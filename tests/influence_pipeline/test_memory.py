@@ -120,11 +120,11 @@ def measure(stage: str, folder: Path) -> tuple[int, int]:
         return peak(lambda: wanted.s_test("few")), predicted
     if stage == "activations":
         deep(folder / "first", 4).grad_z()
-        wanted = deep(folder / "wanted", 128)
+        wanted = deep(folder / "wanted", 64)
         predicted = wanted.plan("few")["grad_z"].memory_bytes
         return peak(wanted.grad_z), predicted
     wide(folder / "first", 16).run()  # so that libraries have what they keep
-    wanted = wide(folder / "wanted", 2048)
+    wanted = wide(folder / "wanted", 640)  # five blocks: more hold no more
     predicted = wanted.plan("few")[stage].memory_bytes
     if stage == "influence":
         wanted.grad_z()
