@@ -115,7 +115,7 @@ def test_reading_counts_where_it_takes_more_than_solving() -> None:
     found = stage(Exact(damping=0.5), case, gradients(case).numpy(), kept_bytes=50, reading_bytes=10**6)
     assert found.held_bytes(3) == 10**6
     assert stage(Exact(damping=0.5), case, gradients(case).numpy(), kept_bytes=50).held_bytes(3) == (
-        50 + 3 * 8 * 43**2 + 3 * 4 * 43 * 8
+        50 + 3 * 8 * 43**2 + 3 * Exact.state_vectors * 43 * 8
     )
 
 
