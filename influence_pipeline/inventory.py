@@ -128,9 +128,8 @@ def _brief(stage: str, identity: dict[str, Any]) -> str:
         return ", ".join(f"{name} {identity[name]}" for name in names)
     if stage == "retrained":
         left_out = ", ".join(f"{name} {value}" for name, value in identity["left_out"].items())
-        return (
-            f"train {identity['train']}, {identity['retrain']['function']}, without {left_out}; seed {identity['seed']}"
-        )
+        how = f"{identity['retrain']['function']}, seed {identity['seed']}"
+        return f"train {identity['train']}, {how}, without {left_out}"
     if stage == "measured":
         return f"of the models in retrained {identity['retrained']}"
     parts = [f"train {identity['train']}", f"weights {identity['weights']}", f"loss {identity['task']['losses']}"]

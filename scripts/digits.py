@@ -33,9 +33,15 @@ def digits(flipped: float = 0.0, held_out: int = 360, seed: int = 0) -> Digits:
     order = torch.randperm(len(labels), generator=generator)
     test, train = order[:held_out], order[held_out:]
 
-    changed = torch.randperm(len(train), generator=generator)[: round(flipped * len(train))].sort().values
-    given = labels[train].clone()
-    given[changed] = (given[changed] + torch.randint(1, 10, changed.shape, generator=generator)) % 10
+    given, changed = flip(labels[train], flipped, 10, generator)
     return Digits(
         TensorDataset(images[train], given), TensorDataset(images[test], labels[test]), changed, labels[train]
     )
+
+
+def flip(labels: Tensor, share: float, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Give a share of labels another class; return all labels, and the positions of those, sorted."""
+    changed = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))].sort().values
+    given = labels.clone()
+    given[changed] = (given[changed] + torch.randint(1, classes, changed.shape, generator=generator)) % classes
+    return given, changed

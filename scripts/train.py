@@ -21,14 +21,14 @@ import influence_pipeline as ip
 FOLDER = Path(__file__).resolve().parent / "weights"
 
 
-def trained(name: str, model: nn.Module) -> nn.Module:
-    """Load the weights that were trained for an example into its model.
+def trained(name: str, model: nn.Module, command: str | None = None) -> nn.Module:
+    """Load the weights that were trained for an example into its model; ``command`` trains it, by default this script.
 
     Raises:
         RequestError: they were not trained yet, or are of another model.
     """
     path = FOLDER / f"{name}.pt"
-    command = f"{sys.executable} {Path(__file__)} {name}"
+    command = command or f"{sys.executable} {Path(__file__)} {name}"
     if not path.is_file():
         raise ip.RequestError(f"{path}: no weights yet. First: {command}")
     try:
@@ -93,12 +93,17 @@ def train(name: str) -> None:
     model, (data, _) = example.network(), example.data()
     EXAMPLES[name](model, example.TASK, data)
     torch.set_num_threads(threads)
+    print(f"{keep(name, model)}: trained in {time.perf_counter() - began:.1f} s")
+
+
+def keep(name: str, model: nn.Module) -> Path:
+    """Write a model's weights; return where."""
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.pt"
     partial = path.with_suffix(".partial")
     torch.save(model.state_dict(), partial)
     partial.replace(path)
-    print(f"{path}: trained in {time.perf_counter() - began:.1f} s")
+    return path
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Each system scores ten test sets, one after the other, in a process of its own: what it can prepare once is part of
 the first, and everything it recomputes is part of each. They are installed, with this package and a pinned torch,
-into ``.peers-env`` beside this file. A system that cannot be installed or fails says so in its row.
+into ``.peers-env`` beside ``others.py``. A system that cannot be installed or fails says so in its row.
 
 Each is used as its documentation has it for many test sets: kronfluence fits EK-FAC factors once and computes
 pairwise scores; traker featurizes once (512 dimensions) and scores; captum's ArnoldiInfluenceFunction finds its
@@ -14,33 +14,22 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ENVIRONMENT = HERE / ".peers-env"
-TORCH = "torch==2.13.0"
-INSTALL = {
-    "torch": [TORCH],
-    "influence_pipeline": ["--editable", f"{HERE.parent.parent}[examples]"],
-    # Without what it asks for and never imports: torchvision, built for another torch.
-    "kronfluence": ["accelerate>=0.31", "einops", "einconv", "opt-einsum", "safetensors", "tqdm"],
-    "kronfluence itself": ["--no-deps", "kronfluence==1.0.1"],
-    "traker": ["traker==0.3.2"],
-    "captum": ["captum==0.9.0"],
-    "plots": ["matplotlib"],
-}
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
+
+import others  # noqa: E402
+
 SOLVER = {"solver": "cg", "damping": 0.1, "sample": 128, "max_iterations": 10, "tolerance": 0.1}
 SETS, TESTS, SAMPLES = 10, 64, 4096
 SIZES = (4096, 16384, 65536)
-BATCH = 64
 
 
 # ---- systems: each prepares, yields, and scores one test set each time that it is asked again ----------------------
@@ -66,89 +55,33 @@ def of_this(samples: int, folder: Path) -> Iterator[None]:
 
 def of_kronfluence(samples: int, folder: Path) -> Iterator[None]:
     """Fit EK-FAC factors once, then compute pairwise scores."""
-    import torch
     import workload
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments
-    from kronfluence.task import Task
-    from torch import Tensor, nn
-    from torch.nn import functional
 
-    class Classification(Task):
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            logits = model(batch[0])
-            labels = torch.multinomial(logits.detach().softmax(1), 1).flatten() if sample else batch[1]
-            return functional.cross_entropy(logits, labels, reduction="sum")
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return self.compute_train_loss(batch, model)
-
-    task = Classification()
-    model = prepare_model(workload.trained_cnn(), task)
-    analyzer = Analyzer("small", model, task, cpu=True, disable_tqdm=True, output_dir=str(folder))
     data = workload.Repeated(*workload.images(workload.DISTINCT), samples)
-    analyzer.fit_all_factors("factors", data, per_device_batch_size=256, factor_args=FactorArguments("ekfac"))
-    for i in range(SETS):
-        analyzer.compute_pairwise_scores(
-            f"scores{i}",
-            "factors",
-            test_set(i),
-            data,
-            per_device_query_batch_size=TESTS,
-            per_device_train_batch_size=256,
-        )
-        yield
+    yield from scored(others.kronfluence(workload.trained_cnn(), data, folder))
 
 
 def of_traker(samples: int, folder: Path) -> Iterator[None]:
     """Featurize once, then score."""
-    import logging
-
     import workload
-    from torch.utils.data import DataLoader
-    from trak import TRAKer
 
-    model = workload.trained_cnn()
     data = workload.Repeated(*workload.images(workload.DISTINCT), samples)
-    traker = TRAKer(
-        *(model, "image_classification", samples),
-        save_dir=str(folder),
-        device="cpu",
-        proj_dim=512,
-        use_half_precision=False,
-        logging_level=logging.ERROR,
-    )
-    traker.load_checkpoint(model.state_dict(), model_id=0)
-    for batch in DataLoader(data, BATCH):
-        traker.featurize(batch, num_samples=len(batch[0]))
-    traker.finalize_features()
-    for i in range(SETS):
-        traker.start_scoring_checkpoint(f"tests{i}", model.state_dict(), model_id=0, num_targets=TESTS)
-        traker.score(test_set(i).tensors, num_samples=TESTS)
-        traker.finalize_scores(f"tests{i}")
-        yield
+    yield from scored(others.traker(workload.trained_cnn(), data, folder))
 
 
 def of_captum(samples: int, folder: Path) -> Iterator[None]:
     """Find the projections of an approximate inverse once, then compute influence."""
-    import torch
     import workload
-    from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
-    from torch import nn
 
-    model = workload.trained_cnn()
     images = workload.images(workload.DISTINCT)
-    checkpoint = folder / "weights.pt"
-    torch.save(model.state_dict(), checkpoint)
-    influence = ArnoldiInfluenceFunction(
-        *(model, workload.Repeated(*images, samples), str(checkpoint)),
-        loss_fn=nn.CrossEntropyLoss(reduction="sum"),
-        batch_size=BATCH,
-        hessian_dataset=workload.Repeated(*images, min(samples, 512)),
-        sample_wise_grads_per_batch=True,
-    )
+    data, some = (workload.Repeated(*images, count) for count in (samples, min(samples, 512)))
+    yield from scored(others.captum(workload.trained_cnn(), data, folder, hessian_dataset=some))
+
+
+def scored(score: Callable[..., Any]) -> Iterator[None]:
+    """Score the test sets, one each time that it is asked."""
     for i in range(SETS):
-        influence.influence(tuple(test_set(i).tensors))
+        score(test_set(i))
         yield
 
 
@@ -172,12 +105,11 @@ def test_set(number: int) -> Any:
 
 def child(system: str, samples: int, sets: int) -> None:
     """Print, as JSON in the last line, the seconds since the beginning after each test set."""
-    sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
     import workload
 
     workload.trained_cnn()  # neither training nor data are part of what is measured
     if system != "influence_pipeline":
-        importlib.import_module({"traker": "trak"}.get(system, system))
+        importlib.import_module(others.MODULES.get(system, system))
     with tempfile.TemporaryDirectory(prefix="peers_") as folder:
         began, seconds = time.perf_counter(), []
         for _, _ in zip(range(sets), SYSTEMS[system](samples, Path(folder)), strict=False):
@@ -188,32 +120,10 @@ def child(system: str, samples: int, sets: int) -> None:
 # ---- the program around them ----------------------------------------------------------------------------------------
 
 
-def install() -> tuple[Path, dict[str, str]]:
-    """Make the environment; return its Python, and why what could not be installed."""
-    python, failed = ENVIRONMENT / "bin" / "python", {}
-    if not python.exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-    for name, what in INSTALL.items():
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what, TORCH]
-        if "--no-deps" in what:
-            command.remove(TORCH)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            failed[name.partition(" ")[0]] = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-    return python, failed
-
-
 def measured(python: Path, system: str, samples: int, sets: int, limit: float) -> list[float] | str:
     """Return the seconds after each test set; or what went wrong."""
-    command = [str(python), __file__, "--child", system, str(samples), str(sets)]
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit, env=environment)
-    except subprocess.TimeoutExpired:
-        return f"not done within {limit:.0f} s"
-    if done.returncode:
-        return f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    found: list[float] | str = others.ask(python, __file__, ["--child", system, samples, sets], limit)
+    return found
 
 
 def plots(python: Path, folder: Path, found: dict[str, list[float]], by_size: dict[str, dict[int, float]]) -> None:
@@ -269,7 +179,7 @@ def main() -> None:
         draw(options.draw)
         return
 
-    python, failed = install()
+    python, failed = others.install()
     print(f"N = {options.samples}, T = {TESTS} for each test set; seconds")
     print(
         "| system             | first | second |   ten | note |\n| ------------------ | ----- | ------ | ----- | ---- |"
