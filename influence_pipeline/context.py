@@ -189,7 +189,13 @@ class Context:
     def curvature_identity(self) -> dict[str, Any] | None:
         """Return what the solver's preparation depends on, None where it prepares nothing."""
         prepares = self.settings.s_test.preparation()
-        return None if prepares is None else {**self.basis(), "l2": plain(self.experiment.task.l2), **prepares}
+        if prepares is None:
+            return None
+        return {**self.basis(), "l2": plain(self.experiment.task.l2), **prepares, **self._of_gradients()}
+
+    def _of_gradients(self) -> dict[str, Any]:
+        """Return what else a solver depends on that is made of the cached gradients: how these are kept."""
+        return {"encoding": self.settings.grad_z.encoding} if self.settings.s_test.of_gradients else {}
 
     def self_influence_identity(self) -> dict[str, Any]:
         """Return what the self-influence of the training samples depends on."""
@@ -204,6 +210,7 @@ class Context:
             "measurement": self.experiment.task.measurement_identity(),
             "s_test": self.settings.s_test.model_dump(mode="json"),
             "tests": tests,
+            **self._of_gradients(),
         }
 
 

@@ -18,6 +18,7 @@ RECEIPTS = {
     "gradient_norm": "distance from an optimum |ḡ + l2·θ| (influence assumes 0)",
     "mean_eigenvalue": "mean eigenvalue",
     "largest_eigenvalue": "largest eigenvalue",
+    "kept_trace": "share of the trace of GᵀG that the low rank has",
 }
 
 

@@ -152,10 +152,14 @@ class Pipeline:
         """Solve for the test samples that are missing, after what the solver prepares for all test sets.
 
         Raises:
+            MissingStage: the solver is made of the gradients, and these are not complete.
             CacheMismatch: the test set has changed.
         """
         place, prepared = self._works.s_test_place(tests), self._works.curvature_place()
         self._mend(self._works.grad_z_place(), prepared, place)
+        for read in self._works.read_by_s_test():
+            self._check_data(read)
+            self._works.require(read)
         self._hint_at_others()
         seconds = self._run(prepared).seconds if prepared else 0.0
         outcome = self._run(place)
@@ -415,7 +419,7 @@ class Pipeline:
             if not self._exists(gradients):
                 self._refuse_second(gradients)
             found[gradients.name] = self._run(gradients, measure=True).timing
-        if prepared is not None:
+        if prepared is not None and works.complete(*works.read_by_s_test()):
             found[prepared.name] = timing = self._run(prepared, measure=True).timing
             if timing is not None and self._plan(prepared, timing).seconds <= MOST_FINISHING:
                 found[prepared.name] = replace(timing, rest=timing.rest + self._run(prepared).seconds)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_pipeline import newton, plan, self_influence_work
+from influence_pipeline import newton, of_gradients, plan, self_influence_work
 from influence_pipeline.cache import Cache, Group, group_name
 from influence_pipeline.cache.encoding import round_trip
 from influence_pipeline.cache.record import digest
@@ -30,7 +30,9 @@ from stages.grad_z.choose import choosing_bytes
 from stages.grad_z.fidelity import probe_bytes, probes_within
 from stages.influence import AT_ONCE, Influence
 from stages.s_test import STest
+from stages.s_test.fisher import Fisher
 from stages.s_test.prepare import Prepare, probe_losses, probes
+from stages.s_test.prepare_fisher import OfGradients
 from stages.stage import Array, ArrayLike, Block, StageError
 
 log = logging.getLogger(__name__)
@@ -179,7 +181,8 @@ class Works:
 
     def _losses_differ(self, group: Group, without: Container[int]) -> list[str]:
         """Compute losses again that a solver prepared with; return what is to be said of those that are others."""
-        if not all(group.record(block) for block in group.layout.grid) or not group.finished:
+        complete = all(group.record(block) for block in group.layout.grid) and group.finished
+        if not complete or "probe_loss" not in group:
             return []
         kept, count = group.array("probe_loss")[:], int(group.array(DIGESTS).shape[0])
         known = {i: cached for i, cached in zip(probes(count), kept.tolist(), strict=True) if i not in without}
@@ -260,16 +263,21 @@ class Works:
     def curvature_place(self) -> Place | None:
         """Return where the solver's preparation is, None where it prepares nothing."""
         identity = self.context.curvature_identity()
-        return None if identity is None else Place("curvature", group_name(None, identity), identity)
+        if identity is None:
+            return None
+        return Place("curvature", group_name(None, identity), identity, reads=self._reads_gradients())
+
+    def _reads_gradients(self) -> dict[str, str]:
+        """Return the group of the gradients that the solver is made of, where it is."""
+        return {"grad_z": self.grad_z_place().name} if self.settings.s_test.of_gradients else {}
 
     def s_test_place(self, tests: str) -> Place:
         """Return where a test set's solutions are."""
         self.context.test(tests)
         identity = self.context.s_test_identity(tests)
         prepared = self.curvature_place()
-        return Place(
-            "s_test", group_name(tests, identity), identity, tests, {"curvature": prepared.name} if prepared else {}
-        )
+        reads = {"curvature": prepared.name} if prepared else {}
+        return Place("s_test", group_name(tests, identity), identity, tests, reads | self._reads_gradients())
 
     def self_influence_place(self) -> Place:
         """Return where the self-influence of the training samples is."""
@@ -284,6 +292,20 @@ class Works:
         settings = self.settings.influence.model_dump(mode="json", exclude_none=True)
         identity = {**reads, "higher_is_better": higher_is_better, **settings}
         return Place("influence", group_name(tests, identity), identity, tests, reads)
+
+    def read_by_s_test(self) -> list[Place]:
+        """Return where the stages are that a solver, and what it prepares, are made of.
+
+        Raises:
+            RequestError: these are gradients, and the settings say that none are kept.
+        """
+        solver = self.settings.s_test
+        if solver.of_gradients and not self.settings.grad_z.store:
+            raise RequestError(
+                f'solver = "{solver.solver}" reads all training gradients several times, and grad_z.store = false '
+                "keeps none: keep them (a projection or another encoding takes less), or use another solver"
+            )
+        return [self.grad_z_place()] if solver.of_gradients else []
 
     def read_by_influence(self, tests: Sequence[str]) -> list[Place]:
         """Return where the stages are that the scores of some test sets are computed of."""
@@ -412,6 +434,8 @@ class Works:
 
     def _curvature(self) -> Work:
         context, solver, count = self.context, self.settings.s_test, self.curvature_samples
+        if isinstance(solver, Fisher):
+            return self._of_gradients(solver, count)
         solver.check_size(context.dim, context.memory)
         stage = Prepare(solver, context.curvature(count), self._parts)
         sums = solver.sum_shapes(context.dim)
@@ -428,6 +452,19 @@ class Works:
             memory=lambda: self.memory(lambda memory: stage.held_bytes, [stage.curvature.kind], None),
             passes=f"the mean gradient{of}",
         )
+
+    def _of_gradients(self, solver: Fisher, count: int) -> Work:
+        """Return the work of what a solver prepares of the cached gradients."""
+        self.read_by_s_test()
+        rows, of_band, _ = self.gradients(self.grad_z_place())
+        place = self.curvature_place()
+        group = None if place is None else self.find(place)
+        bands = {} if group is None else group.attributes["bands"]
+        block_rows = self._grad_z_stage().grid.axes[0].band
+        gradients = of_gradients.read(solver, self.context, rows, block_rows, count)
+        # A last block that is not full changes where the training set grows; its samples are compared all the same.
+        contents = of_band(slice(0, count - count % block_rows))
+        return of_gradients.prepared(solver, self.context, gradients, contents, bands)
 
     @functools.cached_property
     def _parts(self) -> int:
@@ -470,7 +507,7 @@ class Works:
             data,
             inputs=lambda block: basis,
             before=before,
-            holds=None if solver.preparation() is None else context.train,
+            holds=None if solver.preparation() is None or solver.of_gradients else context.train,
             computing=context.evaluating,
             memory=memory,
             passes=f"{solver.solver}, {blocks} block{'s' * (blocks > 1)}{solver.passes()}",
@@ -482,8 +519,12 @@ class Works:
         group = None if place is None else self.find(place)
         if group is None:
             return {}, digest([])
-        work = self._curvature()
-        there: dict[str, ArrayLike] = {name: group.array(name) for name in solver.summary_names()}
+        work, names, there = self._curvature(), solver.summary_names(), dict[str, ArrayLike]()
+        if isinstance(work.stage, OfGradients):
+            if not group.fits(work.layout):  # of fewer samples, whose other side was the smaller one perhaps
+                return {}, digest([])
+            names, there["gradients"] = work.stage.summary, work.stage.gradients
+        there |= {name: group.array(name) for name in names}
         return there, group.contents(work.stage.grid, lambda block: work.valid(group, block))
 
     def complete(self, *places: Place | None) -> bool:
@@ -494,10 +535,12 @@ class Works:
     def s_test_by_part(self, tests: str) -> Work | None:
         """Return work like solving, of a curvature that is not complete: of the mean of those parts that are there.
 
-        That is for measuring how long it takes. None where no part is there.
+        That is for measuring how long it takes. None where no part is there, or what is there is no such mean.
         """
         place = self.curvature_place()
         group, work = None if place is None else self.find(place), self._curvature()
+        if isinstance(work.stage, OfGradients):
+            return None
         there = [] if group is None else [block for block in work.stage.grid if work.valid(group, block)]
         if group is None or not there:
             return None

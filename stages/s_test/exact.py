@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from stages.s_test.solver import CurvatureSolver, NotPositiveDefinite, Prepared, Solution, Solve, relative_residual
-from stages.stage import Array, Report, StageError
+from stages.stage import Array, ArrayLike, Report, StageError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-    from stages.curvature import Curvature
+    from stages.curvature import Curvature, Kind
 
 
 class Exact(CurvatureSolver):
@@ -72,23 +73,38 @@ class Exact(CurvatureSolver):
         Raises:
             NotPositiveDefinite: H + λI has no factor.
         """
-        import torch
+        return factorised(prepared["matrix"], self.resolved(prepared), self.curvature, curvature.function.device)
 
-        matrix = torch.from_numpy(np.asarray(prepared["matrix"][:], dtype=np.float64)).to(curvature.function.device)
-        matrix = (matrix + matrix.T).div_(2)
-        damping, damped = self.resolved(prepared), matrix.clone()
-        damped.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        pivots = factor.diagonal()
-        if failed or float(pivots.min() / pivots.max()) ** 2 < torch.finfo(torch.float64).eps:
-            eigenvalues = torch.linalg.eigvalsh(matrix)
-            raise NotPositiveDefinite(float(eigenvalues[0]), float(eigenvalues[-1]), damping, self.curvature)
 
-        def solve(rhs_TD: Tensor, report: Report) -> Solution:
-            right = rhs_TD.double()
-            vectors = torch.cholesky_solve(right.T, factor).T
-            residual = relative_residual(lambda x: x @ matrix, damping, right, vectors)
-            return Solution(vectors, residual, torch.zeros(len(right), dtype=torch.int64))
+def factorised(dense: ArrayLike, damping: float, kind: Kind, device: torch.device) -> Solve:
+    """Return the function that solves by the factor of a dense matrix.
 
-        return solve
+    Args:
+        dense: H, (D, D).
+        damping: λ.
+        kind: what H is.
+        device: where it is factorised.
+
+    Raises:
+        NotPositiveDefinite: H + λI has no factor.
+    """
+    import torch
+
+    matrix = torch.from_numpy(np.asarray(dense[:], dtype=np.float64)).to(device)
+    matrix = (matrix + matrix.T).div_(2)
+    damped = matrix.clone()
+    damped.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    del damped
+    pivots = factor.diagonal()
+    if failed or float(pivots.min() / pivots.max()) ** 2 < torch.finfo(torch.float64).eps:
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+        raise NotPositiveDefinite(float(eigenvalues[0]), float(eigenvalues[-1]), damping, kind)
+
+    def solve(rhs_TD: Tensor, report: Report) -> Solution:
+        right = rhs_TD.double()
+        vectors = torch.cholesky_solve(right.T, factor).T
+        residual = relative_residual(lambda x: x @ matrix, damping, right, vectors)
+        return Solution(vectors, residual, torch.zeros(len(right), dtype=torch.int64))
+
+    return solve

@@ -71,11 +71,13 @@ class Solver(BaseModel):
 
     Attributes:
         state_vectors: vectors of D floats that it holds for each right-hand side at once, products' results among them.
+        of_gradients: whether it is made of the cached gradients, and not of the model and the training set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     state_vectors: ClassVar[int] = 3
+    of_gradients: ClassVar[bool] = False
 
     solver: str
 
@@ -157,17 +159,41 @@ class Solver(BaseModel):
         return 0.0
 
 
-class CurvatureSolver(Solver):
+class DampedSolver(Solver):
+    """A solver with damping.
+
+    Attributes:
+        damping: λ ≥ 0, absolute, or ``{ relative = r }`` times the mean eigenvalue of H.
+    """
+
+    damping: Damping = RelativeDamping(relative=0.1)
+
+    def resolved(self, prepared: Prepared) -> float:
+        """Return λ.
+
+        Raises:
+            StageError: λ is relative to a mean eigenvalue that is not positive.
+        """
+        if not isinstance(self.damping, RelativeDamping):
+            return float(self.damping)
+        mean = float(prepared["mean_eigenvalue"][()])
+        if not mean > 0:
+            raise StageError(
+                f"damping relative to the mean eigenvalue of H, and that is {mean:.3g}: "
+                'give an absolute `damping`, or use curvature = "ggn"'
+            )
+        return self.damping.relative * mean
+
+
+class CurvatureSolver(DampedSolver):
     """A solver against (H + λI).
 
     Attributes:
         curvature: "ggn" (positive semi-definite for losses that are convex in the outputs) or "hessian".
-        damping: λ ≥ 0, absolute, or ``{ relative = r }`` times the mean eigenvalue of H.
         seed: of every random draw.
     """
 
     curvature: Literal["hessian", "ggn"] = "ggn"
-    damping: Damping = RelativeDamping(relative=0.1)
     seed: Whole = 0
 
     def uncorrectable(self) -> str:
@@ -225,22 +251,6 @@ class CurvatureSolver(Solver):
     def fixed_bytes(self, curvature: Curvature) -> int:
         """Return what products with H take."""
         return curvature.product_bytes
-
-    def resolved(self, prepared: Prepared) -> float:
-        """Return λ.
-
-        Raises:
-            StageError: λ is relative to a mean eigenvalue that is not positive.
-        """
-        if not isinstance(self.damping, RelativeDamping):
-            return float(self.damping)
-        mean = float(prepared["mean_eigenvalue"][()])
-        if not mean > 0:
-            raise StageError(
-                f"damping relative to the mean eigenvalue of H, and that is {mean:.3g}: "
-                'give an absolute `damping`, or use curvature = "ggn"'
-            )
-        return self.damping.relative * mean
 
 
 def norms(vectors_TD: Tensor) -> Tensor:

@@ -99,12 +99,41 @@ def choosing(folder: Path, rows: int) -> tuple[int, int]:
         return peak(per_sample.check), choosing_bytes(function)
 
 
+def fisher(folder: Path, samples: int, **settings: object) -> ip.Pipeline:
+    """Make a pipeline of a perceptron of 20,810 parameters, of many samples, solved by the gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 277), nn.ReLU(), nn.Linear(277, 10)).eval()
+    data = TensorDataset(torch.randn(samples, 64), torch.arange(samples) % 10)
+    experiment = ip.Experiment(model, ip.Classification(), data, {"few": TensorDataset(*data[: min(samples, 64)])})
+    runtime = {"device": "cpu", "progress": False}
+    return ip.Pipeline(experiment, folder, ip.Settings(s_test={"solver": "fisher", **settings}, runtime=runtime))
+
+
+FISHER: dict[str, tuple[int, dict[str, object]]] = {"samples": (4096, {}), "rank": (4096, {"rank": 512})}
+"""Training samples and settings of the forms that are solved; a dense matrix is held as ``exact`` does."""
+
+
+def of_gradients(stage: str, form: str, folder: Path) -> tuple[int, int]:
+    """Return the peak of what the gradients are solved by, or of solving; and what the plan says."""
+    count, settings = FISHER[form]
+    fisher(folder / "first", 300, **({"rank": 8} if settings else {})).run()  # so that libraries have what they keep
+    wanted = fisher(folder / "wanted", count, **settings)
+    wanted.grad_z()
+    predicted = wanted.plan("few")[stage].memory_bytes
+    prepared = wanted._works.curvature_place()
+    if stage == "s_test":
+        wanted._run(prepared)
+    return peak(lambda: wanted._run(prepared) if stage == "curvature" else wanted.s_test("few")), predicted
+
+
 def measure(stage: str, folder: Path) -> tuple[int, int]:
     """Return the peak of a stage above what libraries, model and data take; and what the plan says."""
     if stage == "s_test":
         return solving(folder)
     if stage == "self_influence":
         return solving_for_samples(folder)
+    if stage.startswith("fisher"):
+        return of_gradients(*stage.split()[1:], folder)
     if stage == "choosing":
         choosing(folder / "first", 100)
         return choosing(folder / "wanted", 120_000)
@@ -163,7 +192,11 @@ def solving_for_samples(folder: Path) -> tuple[int, int]:
     reason="no peak of memory to be asked for here",
 )
 @pytest.mark.parametrize(
-    "stage", ["grad_z", "activations", "choosing", "probes", "newton", "s_test", "self_influence", "influence"]
+    "stage",
+    [
+        *("grad_z", "activations", "choosing", "probes", "newton", "s_test", "self_influence", "influence"),
+        *(f"fisher {stage} {form}" for stage in ("curvature", "s_test") for form in FISHER),
+    ],
 )
 def test_a_stage_holds_what_the_plan_says(tmp_path: Path, stage: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(ip.__file__).parents[1])}
