@@ -98,10 +98,11 @@ class Truth:
         return left, 0.0 if timing is None else timing.left(left, max(left, 1), workers)
 
 
+@functools.cache
 def _identity_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Return what tells a function that trains from another: its name, its own code, and what was given to it before.
 
-    What it calls is not looked at.
+    What it calls is not looked at, and its file only once: that may be edited while it runs.
     """
     if isinstance(function, functools.partial):
         given = {"args": plain(function.args), "keywords": plain(function.keywords)}

@@ -150,8 +150,8 @@ class Objective:
         eigenvalues, vectors = torch.linalg.eigh(self.hessian())
         return vectors * eigenvalues.abs().clamp_min(self.task.l2 / 2).rsqrt()
 
-    def descend(self, whitening: Tensor, weights: Tensor | None = None) -> bool:
-        """Go on by L-BFGS in whitened coordinates; say whether the gradient there has vanished."""
+    def descend(self, whitening: Tensor, weights: Tensor | None = None) -> None:
+        """Go on by L-BFGS in whitened coordinates, until the gradient there has vanished or for so many steps."""
         start = self.theta
         phi = torch.zeros_like(start).requires_grad_()
         optimizer = torch.optim.LBFGS(
@@ -165,11 +165,10 @@ class Objective:
 
         optimizer.step(objective)
         self.move(start + whitening @ phi.detach())
-        return self.converged(whitening, weights)
 
-    def converged(self, whitening: Tensor, weights: Tensor | None = None) -> bool:
-        """Say whether the gradient vanishes in whitened coordinates."""
-        return bool((whitening.T @ self.gradient(weights)).abs().max() <= CONVERGED)
+    def converged(self, whitening: Tensor) -> bool:
+        """Say whether the gradient over all samples vanishes in whitened coordinates."""
+        return bool((whitening.T @ self.gradient()).abs().max() <= CONVERGED)
 
     def to_optimum(self) -> Tensor:
         """Go to a minimum nearby, and return the whitening there, (D, D).
@@ -179,8 +178,9 @@ class Objective:
         """
         for _ in range(ROUNDS):
             whitening = self.whitening()
-            if self.descend(whitening):
-                return self.whitening()
+            if self.converged(whitening):
+                return whitening
+            self.descend(whitening)
         raise ip.WorkError(f"no optimum was reached in {ROUNDS} rounds of {STEPS} steps")
 
 

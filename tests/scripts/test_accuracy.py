@@ -55,7 +55,7 @@ def test_all_rows_print_and_are_kept(scripts: Path, tmp_path: Path) -> None:
         titles = [cells[0].strip().partition(",")[0].strip("`") for cells in rows]
         assert titles == ["identity", "lissa", "cg", "exact", "exact", "exact"]
         for cells in rows[:-1]:  # the Hessian of a model that is no optimum has no scores for some dampings
-            figures = [float(cell.split()[0]) for cell in cells[1:6]]
+            figures = [float(cells[i].split()[0]) for i in (1, 2, 3, 5)]
             assert np.isfinite(figures).all(), cells
             assert -1 <= figures[0] <= 1
             assert 0 <= figures[3] <= 1

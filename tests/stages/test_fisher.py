@@ -107,7 +107,7 @@ def error(found: Tensor, expected: Tensor) -> float:
         (wide(), {"rank": 12}, "rank"),
         (make(oracles.conv), {"rank": 11}, "rank"),
     ],
-    ids=str,
+    ids=["tall", "two penalties", "wide", "no penalty", "convolution", "rank of all", "convolution, rank of all"],
 )
 def test_it_equals_the_dense_solution(case: Case, settings: Any, form: str, damping: Any) -> None:
     solver = Fisher(damping=damping, **settings)
