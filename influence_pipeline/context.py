@@ -20,7 +20,7 @@ from influence_pipeline.task import plain
 from stages.curvature import Curvature
 from stages.device_batch import DeviceBatch
 from stages.parameters import ModelFunction, evaluating
-from stages.s_test.solver import CurvatureSolver
+from stages.s_test.solver import CurvatureSolver, Solver
 from stages.stage import StageError
 from stages.work import Work
 
@@ -180,38 +180,41 @@ class Context:
 
     def newton_identity(self) -> dict[str, Any]:
         """Return what the corrected training gradients depend on."""
-        return {
-            **self.grad_z_identity(),
-            "l2": plain(self.experiment.task.l2),
-            "s_test": self.settings.s_test.model_dump(mode="json"),
-        }
+        return {**self.grad_z_identity(), **self._solved()}
 
-    def curvature_identity(self) -> dict[str, Any] | None:
-        """Return what the solver's preparation depends on, None where it prepares nothing."""
-        prepares = self.settings.s_test.preparation()
+    def curvature_identity(self, solver: Solver) -> dict[str, Any] | None:
+        """Return what a solver's preparation depends on, None where it prepares nothing."""
+        prepares = solver.preparation()
         if prepares is None:
             return None
-        return {**self.basis(), "l2": plain(self.experiment.task.l2), **prepares, **self._of_gradients()}
-
-    def _of_gradients(self) -> dict[str, Any]:
-        """Return what else a solver depends on that is made of the cached gradients: how these are kept."""
-        return {"encoding": self.settings.grad_z.encoding} if self.settings.s_test.of_gradients else {}
+        return {**self.basis(), "l2": plain(self.experiment.task.l2), **self._made_of(), **prepares}
 
     def self_influence_identity(self) -> dict[str, Any]:
         """Return what the self-influence of the training samples depends on."""
-        solver = self.settings.s_test.model_dump(mode="json")
-        return {**self.grad_z_identity(), "l2": plain(self.experiment.task.l2), "s_test": solver}
+        return {**self.grad_z_identity(), **self._solved()}
 
     def s_test_identity(self, tests: str) -> dict[str, Any]:
         """Return what the solutions for a test set depend on."""
         return {
             **self.basis(),
-            "l2": plain(self.experiment.task.l2),
             "measurement": self.experiment.task.measurement_identity(),
-            "s_test": self.settings.s_test.model_dump(mode="json"),
             "tests": tests,
-            **self._of_gradients(),
+            **self._solved(),
         }
+
+    def _solved(self) -> dict[str, Any]:
+        """Return what solutions depend on beside what is solved for."""
+        solver = self.settings.s_test.model_dump(mode="json")
+        return {"l2": plain(self.experiment.task.l2), "s_test": solver, **self._made_of()}
+
+    def _made_of(self) -> dict[str, Any]:
+        """Return what else the solver is made of: targets that are drawn, gradients as they are kept."""
+        solver, found = self.settings.s_test, dict[str, Any]()
+        if solver.draws:
+            found["sample"] = self.experiment.task.sampling_identity()
+        if solver.of_gradients:
+            found["encoding"] = self.settings.grad_z.encoding
+        return found
 
 
 def sentinels(count: int) -> list[int]:

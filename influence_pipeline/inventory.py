@@ -79,7 +79,7 @@ def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
     for group in map(Group, cache.paths("self_influence")):
         if cache.path / "grad_z" / group.attributes["reads"]["grad_z"] in keep:
             keep.add(group.path)
-    for stage in ("s_test", "newton", "self_influence"):
+    for stage in ("s_test", "newton", "self_influence", "curvature"):  # a curvature is read by all of these
         for group in map(Group, cache.paths(stage)):
             if group.path in keep:
                 keep |= _reads(cache, group.attributes["reads"])
@@ -139,7 +139,7 @@ def _brief(stage: str, identity: dict[str, Any]) -> str:
     if stage in {"s_test", "newton", "self_influence"}:
         parts += [f"{name} {value}" for name, value in identity["s_test"].items()]
     if stage == "curvature":
-        parts += [f"{name} {identity[name]}" for name in ("curvature", "l2")]
+        parts += [f"{name} {identity[name]}" for name in ("curvature", "fisher", "l2") if name in identity]
     return ", ".join(parts)
 
 

@@ -126,7 +126,7 @@ class Pipeline:
         if not self.settings.grad_z.store:
             raise RequestError("grad_z.store = false: gradients are computed when influence asks for them")
         place = self._works.grad_z_place()
-        self._mend(place, self._works.curvature_place())
+        self._mend(place, *self._works.curvature_places())
         if not new and not self._exists(place):
             self._refuse_second(place)
         return self._run(place)
@@ -137,15 +137,16 @@ class Pipeline:
         Raises:
             RequestError: the settings ask for no correction, or one sample's outputs × D exceed the memory.
         """
-        place, prepared = self._works.gradients_place(), self._works.curvature_place()
-        if place.stage != "newton" or prepared is None:
+        place, prepared = self._works.gradients_place(), self._works.curvature_places()
+        if place.stage != "newton":
             raise RequestError('no correction is asked for: set [influence] correction = "newton"')
-        self._mend(prepared, place)
+        self._mend(*prepared, place)
         self._hint_at_others()
         work = self._works.work(place)
         if pending(work, self._works.find(place)):
             work.memory()
-        self._run(prepared)
+        for each in prepared:
+            self._run(each)
         return self._run(place)
 
     def s_test(self, tests: str) -> Outcome:
@@ -155,13 +156,13 @@ class Pipeline:
             MissingStage: the solver is made of the gradients, and these are not complete.
             CacheMismatch: the test set has changed.
         """
-        place, prepared = self._works.s_test_place(tests), self._works.curvature_place()
-        self._mend(self._works.grad_z_place(), prepared, place)
+        place, prepared = self._works.s_test_place(tests), self._works.curvature_places()
+        self._mend(self._works.grad_z_place(), *prepared, place)
         for read in self._works.read_by_s_test():
             self._check_data(read)
             self._works.require(read)
         self._hint_at_others()
-        seconds = self._run(prepared).seconds if prepared else 0.0
+        seconds = sum(self._run(each).seconds for each in prepared)
         outcome = self._run(place)
         self._seconds[tests] = self._seconds.get(tests, 0.0) + seconds + outcome.seconds
         return outcome
@@ -177,13 +178,13 @@ class Pipeline:
             CacheDamaged: what was written is damaged again and again.
         """
         works = self._works
-        place, gradients, prepared = works.self_influence_place(), works.grad_z_place(), works.curvature_place()
-        self._mend(gradients, prepared)
+        place, gradients, prepared = works.self_influence_place(), works.grad_z_place(), works.curvature_places()
+        self._mend(gradients, *prepared)
         if self.settings.grad_z.store:
             self._check_data(gradients)
             works.require(gradients)
-        if prepared:
-            self._run(prepared)
+        for each in prepared:
+            self._run(each)
         return self._result(place, lambda group, seconds: SelfInfluence.read(self.cache, group))
 
     def influence(self, tests: str) -> Influences:
@@ -413,21 +414,22 @@ class Pipeline:
         more than ``MOST_FINISHING`` seconds, since all else depends on it.
         """
         works, found = self._works, dict[str, Timing | None]()
-        gradients, prepared = works.gradients_place(), works.curvature_place()
+        gradients, prepared = works.gradients_place(), works.curvature_places()
         self._mend(*self._places(names))
         if self.settings.grad_z.store and gradients.stage == "grad_z":
             if not self._exists(gradients):
                 self._refuse_second(gradients)
             found[gradients.name] = self._run(gradients, measure=True).timing
-        if prepared is not None and works.complete(*works.read_by_s_test()):
-            found[prepared.name] = timing = self._run(prepared, measure=True).timing
-            if timing is not None and self._plan(prepared, timing).seconds <= MOST_FINISHING:
-                found[prepared.name] = replace(timing, rest=timing.rest + self._run(prepared).seconds)
-        if gradients.stage == "newton" and works.complete(prepared):
+        for number, each in enumerate(prepared):
+            if works.complete(*works.read_by_s_test(), *prepared[:number]):
+                found[each.name] = timing = self._run(each, measure=True).timing
+                if timing is not None and self._plan(each, timing).seconds <= MOST_FINISHING:
+                    found[each.name] = replace(timing, rest=timing.rest + self._run(each).seconds)
+        if gradients.stage == "newton" and works.complete(*prepared):
             found[gradients.name] = self._run(gradients, measure=True).timing
         for name in names:
             place = works.s_test_place(name)
-            if works.complete(prepared):
+            if works.complete(*prepared):
                 found[place.name] = self._run(place, measure=True).timing
             else:
                 found[place.name] = self._aside(place, works.s_test_by_part(name), "a curvature of some parts")
@@ -477,9 +479,8 @@ class Pipeline:
     def _places(self, tests: Sequence[str]) -> list[Place]:
         """Return where all stages are, in the order in which they are run."""
         works = self._works
-        places = [works.gradients_place()] if self.settings.grad_z.store else []
-        if prepared := works.curvature_place():
-            places.insert(0 if self.settings.influence.correction else len(places), prepared)
+        gradients, prepared = [works.gradients_place()] if self.settings.grad_z.store else [], works.curvature_places()
+        places = [*prepared, *gradients] if self.settings.influence.correction else [*gradients, *prepared]
         for name in tests:
             places += [works.s_test_place(name), works.influence_place(name)]
         return places
@@ -560,7 +561,7 @@ class Pipeline:
         """Compute what was discarded of another stage's arrays, or of retrained models."""
         works = self._works
         solved = (works.s_test_place(name) for name in self.tests)
-        places = [works.gradients_place(), works.grad_z_place(), works.curvature_place(), *solved, models]
+        places = [works.gradients_place(), works.grad_z_place(), *works.curvature_places(), *solved, models]
         for place in places:
             if place is not None and self.cache.path / place.stage / place.name == path:
                 self._run_once(place)

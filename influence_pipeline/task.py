@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from influence_pipeline.errors import RequestError
+from stages.draws import Draws
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
 """Where a batch that is a mapping has its targets."""
@@ -35,6 +36,16 @@ def targets_of(batch: Any) -> Any:
             "a batch is expected to be (inputs, targets) or a mapping with labels: write a Task of its own"
         )
     return batch[1]
+
+
+def with_targets(batch: Any, targets: Tensor) -> Any:
+    """Return a batch with other targets in the place of its own, or beside its inputs where it has none."""
+    if isinstance(batch, Mapping):
+        return {**batch, next((key for key in LABEL_KEYS if key in batch), LABEL_KEYS[0]): targets}
+    if isinstance(batch, Tensor) or len(batch) < 2:
+        return (batch if isinstance(batch, Tensor) else batch[0]), targets
+    rest = (batch[0], targets, *batch[2:])
+    return type(batch)(*rest) if hasattr(batch, "_fields") else type(batch)(rest)
 
 
 class Task:
@@ -78,6 +89,34 @@ class Task:
         """Return what influence is asked about, for each sample, (B,); by default the loss."""
         return self.losses(outputs, batch)
 
+    def sample(self, outputs: Tensor, batch: Any, generator: Draws) -> Any:
+        """Return the batch with targets drawn from the model's own distribution, for solvers that ask for it.
+
+        Where the loss is −log p(target | outputs), that is p; see also :meth:`sampled_losses`.
+
+        Args:
+            outputs: (B, …), without gradients.
+            batch: the samples.
+            generator: has random numbers of each sample's own: ``uniform(*shape)`` and ``normal(*shape)`` return
+                (B, *shape).
+
+        Raises:
+            RequestError: this task does not say how.
+        """
+        raise RequestError(
+            f'fisher = "sampled" draws targets by {type(self).__name__}.sample(outputs, batch, generator), which is '
+            'not there: write it, or use fisher = "empirical"'
+        )
+
+    def sampled_losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return losses of targets that were drawn, (B,): their gradients' second moments in the outputs are H's.
+
+        That is, E[r rᵀ] of their gradients r in the outputs is the Hessian of ``losses`` there. So it is by default
+        where the loss is −log p; a mean of such terms needs another weight, since the mean of n independent terms has
+        second moments 1/n times its Hessian.
+        """
+        return self.losses(outputs, batch)
+
     def labels(self, batch: Any) -> Tensor | None:
         """Return each sample's label as a number, (B,), to be shown with results; None where there is none."""
         try:
@@ -112,6 +151,16 @@ class Task:
             **_attributes(self, lambda name: not name.startswith("measurement")),
         }
 
+    def sampling_identity(self) -> dict[str, Any]:
+        """Return what draws depend on beyond :meth:`identity`.
+
+        Raises:
+            RequestError: this task does not say how to draw.
+        """
+        if type(self).sample is Task.sample:
+            Task.sample(self, torch.empty(0), None, Draws(0, [], torch.device("cpu")))
+        return {"sample": _defined_by(self, "sample"), "losses": _defined_by(self, "sampled_losses")}
+
     def measurement_identity(self) -> dict[str, Any]:
         """Return what the measurement depends on beyond :meth:`identity`."""
         measured = _defined_by(self, "measurements")
@@ -137,6 +186,17 @@ class Classification(Task):
         """Return whether the largest logit is that of the label, (B,); None for outputs of further dimensions."""
         targets = targets_of(batch)
         return outputs.argmax(1) == targets if outputs.ndim == 2 and targets.ndim == 1 else None
+
+    def sample(self, outputs: Tensor, batch: Any, generator: Draws) -> Any:
+        """Return the batch with a class for each sample, or each of its positions, with the softmax's probability."""
+        drawn, own = drawn_classes(outputs.movedim(1, -1), generator), targets_of(batch)
+        if own.shape == drawn.shape:  # numbers of classes, and not probabilities
+            drawn = torch.where(own == _IGNORED, _IGNORED, drawn)
+        return with_targets(batch, drawn)
+
+    def sampled_losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the loss times √n for a mean over n positions, (B,)."""
+        return self.losses(outputs, batch) * math.sqrt(outputs[0, 0].numel())
 
 
 class Regression(Task):
@@ -164,6 +224,15 @@ class Regression(Task):
             )
         squares: Tensor = (outputs - targets.reshape(outputs.shape)).square()
         return squares.flatten(1).sum(1) if squares.ndim > 1 else squares
+
+    def sample(self, outputs: Tensor, batch: Any, generator: Draws) -> Any:
+        """Return the batch with targets of variance ½ around the outputs.
+
+        The squared error is −log of that normal density, but for a constant: its Hessian in the outputs is 2, and the
+        second moment of its gradient 2 (o − y) is 4 · ½.
+        """
+        noise = generator.normal(*outputs.shape[1:]).to(outputs.dtype)
+        return with_targets(batch, (outputs + math.sqrt(0.5) * noise).reshape(targets_of(batch).shape))
 
 
 class LanguageModel(Task):
@@ -195,7 +264,25 @@ class LanguageModel(Task):
         return super().outputs(model, batch)
 
     def losses(self, outputs: Tensor, batch: Any) -> Tensor:
-        """Return the loss of each sequence, (B,).
+        """Return the loss of each sequence, (B,)."""
+        each, counted = self._each(outputs, batch)
+        totals = (each * counted).sum(1)
+        return totals if self.reduction == "sum" else totals / _shares(counted)
+
+    def sample(self, outputs: Tensor, batch: Any, generator: Draws) -> Any:
+        """Return the batch with each next token drawn given those before it in the sequence, where one counts."""
+        targets = self._targets(batch)
+        drawn = drawn_classes(outputs[:, :-1], generator)
+        drawn = torch.where(targets[:, 1:] == _IGNORED, _IGNORED, drawn)
+        return with_targets(batch, torch.cat([targets[:, :1], drawn], dim=1))
+
+    def sampled_losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the losses with the square roots of tokens' weights in their sum, (B,)."""
+        each, counted = self._each(outputs, batch)
+        return (each * (counted if self.reduction == "sum" else counted / _shares(counted).unsqueeze(1)).sqrt()).sum(1)
+
+    def _each(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss of each next token, and its weight, (B, S − 1).
 
         Raises:
             RequestError: outputs, targets and weights do not fit one another.
@@ -210,12 +297,7 @@ class LanguageModel(Task):
             )
         targets = targets[:, 1:]
         each = functional.cross_entropy(outputs[:, :-1].transpose(1, 2), targets, reduction="none")
-        counted = (targets != _IGNORED).to(each.dtype) * (1 if weights is None else weights[:, 1:].to(each.dtype))
-        totals = (each * counted).sum(1)
-        if self.reduction == "sum":
-            return totals
-        shares = counted.sum(1)
-        return totals / torch.where(shares == 0, 1, shares)
+        return each, (targets != _IGNORED).to(each.dtype) * (1 if weights is None else weights[:, 1:].to(each.dtype))
 
     @staticmethod
     def _targets(batch: Any) -> Tensor:
@@ -245,6 +327,19 @@ class _FromLoss(Task):
 
     def losses(self, outputs: Tensor, batch: Any) -> Tensor:
         return self._loss(outputs, targets_of(batch))
+
+
+def drawn_classes(logits: Tensor, generator: Draws) -> Tensor:
+    """Return classes with the probabilities that logits (B, …, classes) have, (B, …)."""
+    sums = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    points = generator.uniform(*logits.shape[1:-1]).unsqueeze(-1) * sums[..., -1:]
+    return torch.searchsorted(sums, points).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+
+
+def _shares(counted: Tensor) -> Tensor:
+    """Return the sum of each sequence's weights, 1 where none counts."""
+    sums = counted.sum(1)
+    return torch.where(sums == 0, 1, sums)
 
 
 def _defined_by(task: Task, method: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from influence_pipeline import newton, of_gradients, plan, self_influence_work
 from influence_pipeline.cache import Cache, Group, group_name
 from influence_pipeline.cache.encoding import round_trip
-from influence_pipeline.cache.record import digest
+from influence_pipeline.cache.record import NOTHING, digest
 from influence_pipeline.context import Context, check_fixed, sentinels
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
 from influence_pipeline.evaluate.truth import measured_work, retrained_work
@@ -33,6 +33,7 @@ from stages.s_test import STest
 from stages.s_test.fisher import Fisher
 from stages.s_test.prepare import Prepare, probe_losses, probes
 from stages.s_test.prepare_fisher import OfGradients
+from stages.s_test.solver import Solver
 from stages.stage import Array, ArrayLike, Block, StageError
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ class Works:
     def expect(self) -> None:
         """Have the training set refuse samples other than those of which something is cached."""
         train = self.context.train
-        for place in (self.grad_z_place(), self.curvature_place()):
-            if place is not None and not train.all_expected:
+        for place in (self.grad_z_place(), *self.curvature_places()):
+            if not train.all_expected:
                 expect_digests(self.find(place), train)
 
     def expect_tests(self, tests: str) -> None:
@@ -260,12 +261,22 @@ class Works:
         identity = self.context.newton_identity()
         return Place("newton", group_name(None, identity), identity, reads={"curvature": prepared.name})
 
+    def curvature_places(self) -> list[Place]:
+        """Return where the solver's preparation is, after what that reads; none where it prepares nothing."""
+        return [place for solver in self.settings.s_test.chain() if (place := self._curvature_of(solver))]
+
     def curvature_place(self) -> Place | None:
         """Return where the solver's preparation is, None where it prepares nothing."""
-        identity = self.context.curvature_identity()
+        return self._curvature_of(self.settings.s_test)
+
+    def _curvature_of(self, solver: Solver) -> Place | None:
+        """Return where the preparation of a solver is, the settings' own or one before that."""
+        identity, first = self.context.curvature_identity(solver), solver.first()
         if identity is None:
             return None
-        return Place("curvature", group_name(None, identity), identity, reads=self._reads_gradients())
+        before = self._curvature_of(first) if first else None
+        reads = {"curvature": before.name} if before else {}
+        return Place("curvature", group_name(None, identity), identity, reads=reads | self._reads_gradients())
 
     def _reads_gradients(self) -> dict[str, str]:
         """Return the group of the gradients that the solver is made of, where it is."""
@@ -345,7 +356,7 @@ class Works:
             if place.stage == "grad_z":
                 return self._grad_z()
             if place.stage == "curvature":
-                return self._curvature()
+                return self._curvature(self._solver_of(place))
             if place.stage == "newton":
                 return newton.work(self, place)
             if place.left_out is not None:
@@ -432,25 +443,28 @@ class Works:
         for most, (kind, batch) in zip(kept.tolist(), batches.items(), strict=True):
             batch.size = self.context.batch_within(kind, self.context.memory, most)
 
-    def _curvature(self) -> Work:
-        context, solver, count = self.context, self.settings.s_test, self.curvature_samples
+    def _solver_of(self, place: Place) -> Solver:
+        """Return the solver whose preparation is at a place."""
+        return next(s for s in self.settings.s_test.chain() if self._curvature_of(s) == place)
+
+    def _curvature(self, solver: Solver) -> Work:
+        context, count, first = self.context, self.curvature_samples, solver.first()
         if isinstance(solver, Fisher):
             return self._of_gradients(solver, count)
-        solver.check_size(context.dim, context.memory)
-        stage = Prepare(solver, context.curvature(count), self._parts)
-        sums = solver.sum_shapes(context.dim)
-        products = sums.get("probe_sum", (0,))[0]
-        of = " and the matrix" if "matrix_sum" in sums else f" and {products} products with H" if products else ""
+        self.settings.s_test.check_size(context.function, context.memory)
+        before, basis = self.prepared(first) if first else ({}, NOTHING)
+        stage = Prepare(solver, context.curvature(count), self._parts(solver), before)
         return Work(
             stage,
             "curvature",
             unit="parts",
             whole=(context.train, count),
+            inputs=lambda block: basis,
             before=self.check_code,
             holds=context.train,
             computing=context.evaluating,
             memory=lambda: self.memory(lambda memory: stage.held_bytes, [stage.curvature.kind], None),
-            passes=f"the mean gradient{of}",
+            passes=solver.summed(context.function),
         )
 
     def _of_gradients(self, solver: Fisher, count: int) -> Work:
@@ -466,21 +480,21 @@ class Works:
         contents = of_band(slice(0, count - count % block_rows))
         return of_gradients.prepared(solver, self.context, gradients, contents, bands)
 
-    @functools.cached_property
-    def _parts(self) -> int:
+    @functools.cache  # noqa: B019 - one for each pipeline
+    def _parts(self, solver: Solver) -> int:
         """Into how many parts a solver's preparation cuts the training set: as in its group, if that is of as many."""
-        place, count = self.curvature_place(), self.curvature_samples
+        place, count = self._curvature_of(solver), self.curvature_samples
         group = None if place is None else self.find(place)
         if group is not None and (count,) in {spec.shape[:1] for spec in group.layout.merged if spec.name == DIGESTS}:
             return group.layout.grid.axes[0].length
-        sums = self.settings.s_test.sum_shapes(self.context.dim)
+        sums = solver.sum_shapes(self.context.function)
         return plan.parts(count, sum(map(math.prod, sums.values())))
 
     def _s_test(self, tests: str, stand_in: dict[str, ArrayLike] | None = None) -> Work:
         context, solver = self.context, self.settings.s_test
         rows = self.band(self.s_test_place(tests), "test", plan.block_rows(context.dim, plan.MOST_TESTS))
         data = context.test(tests)
-        prepared, basis = self.prepared() if stand_in is None else (stand_in, digest([]))
+        prepared, basis = self.prepared(solver) if stand_in is None else (stand_in, digest([]))
         curvature = context.curvature(self.curvature_samples)
 
         def within(memory: int) -> STest:
@@ -513,13 +527,14 @@ class Works:
             passes=f"{solver.solver}, {blocks} block{'s' * (blocks > 1)}{solver.passes()}",
         )
 
-    def prepared(self) -> tuple[dict[str, ArrayLike], bytes]:
-        """Return what the solver prepared, and a digest of what that is of."""
-        place, solver = self.curvature_place(), self.settings.s_test
+    def prepared(self, solver: Solver) -> tuple[dict[str, ArrayLike], bytes]:
+        """Return what a solver prepared, with what was prepared before that, and a digest of what it is of."""
+        place, first = self._curvature_of(solver), solver.first()
         group = None if place is None else self.find(place)
         if group is None:
             return {}, digest([])
-        work, names, there = self._curvature(), solver.summary_names(), dict[str, ArrayLike]()
+        work, names = self._curvature(solver), solver.summary_names()
+        there: dict[str, ArrayLike] = self.prepared(first)[0] if first else {}
         if isinstance(work.stage, OfGradients):
             if not group.fits(work.layout):  # of fewer samples, whose other side was the smaller one perhaps
                 return {}, digest([])
@@ -537,9 +552,9 @@ class Works:
 
         That is for measuring how long it takes. None where no part is there, or what is there is no such mean.
         """
-        place = self.curvature_place()
-        group, work = None if place is None else self.find(place), self._curvature()
-        if isinstance(work.stage, OfGradients):
+        place, solver = self.curvature_place(), self.settings.s_test
+        group, work = None if place is None else self.find(place), self._curvature(solver)
+        if not isinstance(work.stage, Prepare):
             return None
         there = [] if group is None else [block for block in work.stage.grid if work.valid(group, block)]
         if group is None or not there:
@@ -551,7 +566,7 @@ class Works:
         parts = {name: np.broadcast_to(mean, (len(work.stage.grid), *mean.shape)) for name, mean in means.items()}
         with self.context.evaluating():
             found = work.stage.finish(parts)
-        return self._s_test(tests, {name: found[name] for name in self.settings.s_test.summary_names()})
+        return self._s_test(tests, {**work.stage.prepared, **{name: found[name] for name in solver.summary_names()}})
 
     def influence_by_rows(self, place: Place, beside: Sequence[Place]) -> Work | None:
         """Return work like scoring, of random solutions and those first gradients that are there.

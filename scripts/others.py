@@ -73,8 +73,8 @@ def ask(python: Path, program: str, arguments: Sequence[object], limit: float) -
 Score = Callable[["TensorDataset"], "Tensor"]
 
 
-def kronfluence(model: nn.Module, data: Dataset[Any], folder: Path) -> Callable[..., Tensor]:
-    """Fit EK-FAC factors; what is returned takes ``ScoreArguments``, too."""
+def kronfluence(model: nn.Module, data: Dataset[Any], folder: Path, **factors: Any) -> Callable[..., Tensor]:
+    """Fit EK-FAC factors by ``FactorArguments``; what is returned takes ``ScoreArguments``, too."""
     import torch
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -92,7 +92,8 @@ def kronfluence(model: nn.Module, data: Dataset[Any], folder: Path) -> Callable[
 
     task = Classification()
     analyzer = Analyzer("model", prepare_model(model, task), task, cpu=True, disable_tqdm=True, output_dir=str(folder))
-    analyzer.fit_all_factors("factors", data, per_device_batch_size=256, factor_args=FactorArguments("ekfac"))
+    chosen = FactorArguments("ekfac", **factors)
+    analyzer.fit_all_factors("factors", data, per_device_batch_size=256, factor_args=chosen)
 
     def score(tests: TensorDataset, **arguments: Any) -> Tensor:
         analyzer.compute_pairwise_scores(

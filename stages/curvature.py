@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,13 +23,15 @@ from stages import work
 from stages.batch import only_tensors, shapes, size, split
 from stages.device_batch import DeviceBatch, refuse_memory
 from stages.grad_z import PerSample, loop, refuse_infinite
-from stages.grad_z.choose import PROBES, advice, compared, naming, reason, relative_difference, tolerance
+from stages.grad_z.choose import PROBES, advice, compared, hooked, naming, reason, relative_difference, tolerance
 from stages.grad_z.hooks import Hooks
 from stages.jacobian import Linearised, ggn_products, linearised
 from stages.parameters import ModelFunction, Parameters
 from stages.stage import Batch, Progress, Report, Samples, StageError, silent
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Kind = Literal["hessian", "ggn"]
 Product = Callable[[Tensor], Tensor]
@@ -93,6 +95,16 @@ class Curvature:
         """Gradients of the training losses, of which the technique is chosen once."""
         return PerSample(self.function, self.function.losses, self.samples, self.batch)
 
+    @functools.cached_property
+    def hooks(self) -> Hooks:
+        """Layer hooks for all parameters whose training gradients they follow, whether or not that is the fastest."""
+        technique = self.per_sample.technique
+        if isinstance(technique, Hooks):
+            return technique
+        probes = self.samples.batch(self.per_sample.probes)
+        chosen = DeviceBatch(PROBES).pieces(probes, lambda few: hooked(self.function, self.function.losses, few))
+        return next(chosen)[1]
+
     @property
     def together(self) -> int:
         """Numbers in the largest array that products make, where that is for them to choose."""
@@ -125,20 +137,20 @@ class Curvature:
             StageError: finite vectors have products that are not.
         """
         total_TD = torch.zeros_like(vectors_TD)
-        every = self._pieces(ids, lambda batch, now: self._sum(batch)(vectors_TD), f"{self.kind} products", report)
+        every = self.pieces(ids, lambda batch, now: self._sum(batch)(vectors_TD), f"{self.kind} products", report)
         for _, _, found_TD in every:
             total_TD += found_TD
             del found_TD
         self._refuse_infinite(total_TD, vectors_TD, ids)
         return total_TD
 
-    def _pieces(
-        self, ids: Sequence[int], compute: Callable[[Batch, Sequence[int]], Tensor], what: str, report: Report
-    ) -> Iterator[tuple[Batch, Sequence[int], Tensor]]:
+    def pieces(
+        self, ids: Sequence[int], compute: Callable[[Batch, Sequence[int]], T], what: str, report: Report
+    ) -> Iterator[tuple[Batch, Sequence[int], T]]:
         """Yield what is computed of some samples, as many at once as fit, after these and their ids."""
         done = 0
 
-        def of_these(batch: Batch) -> Tensor:
+        def of_these(batch: Batch) -> T:
             return compute(batch, ids[done : done + size(batch)])
 
         with closing(self.samples.batches(ids, self.batch_size)) as batches:
@@ -243,7 +255,7 @@ class Curvature:
                 )
             return self.function.flatten(dict(zip(leaves, found, strict=True)))
 
-        for batch, now, flat_D in self._pieces(ids, summed, "mean gradient", report):
+        for batch, now, flat_D in self.pieces(ids, summed, "mean gradient", report):
             if not torch.isfinite(flat_D).all():
                 refuse_infinite(*loop.gradients(self.function, self.function.losses, batch), now)
             total_D += flat_D
@@ -258,7 +270,7 @@ class Curvature:
         """
         signs = random_signs(2, self.dim, self.l2, seed=0)
         total_DD = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.l2.device)
-        for _, _, found_DD in self._pieces(ids, lambda batch, now: self._matrix(batch, signs), "matrix", report):
+        for _, _, found_DD in self.pieces(ids, lambda batch, now: self._matrix(batch, signs), "matrix", report):
             total_DD += found_DD
             del found_DD
         self._refuse_infinite(total_DD, signs, ids)

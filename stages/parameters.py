@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stages.coordinates import entries, projected
+from stages.draws import Draws
 from stages.projection import Projection
 from stages.stage import Batch, StageError
 
@@ -39,6 +40,12 @@ class TaskLike(Protocol):
 
     def measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return what influence is asked about, for each sample, (B,)."""
+
+    def sample(self, outputs: Tensor, batch: Batch, generator: Draws) -> Batch:
+        """Return the batch with targets drawn from the model's own distribution."""
+
+    def sampled_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return losses of such targets, (B,), of which the second moments of gradients are the Hessian of losses."""
 
     def labels(self, batch: Batch) -> Tensor | None:
         """Return each sample's label as a number, (B,), or None where there is none."""
@@ -176,7 +183,28 @@ class ModelFunction:
 
     def losses(self, params: Parameters, batch: Batch) -> Tensor:
         """Return the training loss of each sample, (B,)."""
-        return self._each(self.task.losses(self.outputs(params, batch), batch), "losses")
+        return self.losses_of(self.outputs(params, batch), batch)
+
+    def losses_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the training loss of each sample, (B,), given its outputs."""
+        return self._each(self.task.losses(outputs, batch), "losses")
+
+    def sample(self, outputs: Tensor, batch: Batch, draws: Draws) -> Batch:
+        """Return a batch with targets drawn from the model's own distribution.
+
+        Raises:
+            StageError: the task does not say how.
+        """
+        if not hasattr(self.task, "sample"):
+            raise StageError(
+                f'fisher = "sampled" draws targets by {type(self.task).__name__}.sample(outputs, batch, generator), '
+                'which is not there: write it, or use fisher = "empirical"'
+            )
+        return self.task.sample(outputs, batch, draws)
+
+    def sampled_losses_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the losses of targets that were drawn, (B,), given the outputs."""
+        return self._each(self.task.sampled_losses(outputs, batch), "sampled_losses")
 
     def measurements(self, params: Parameters, batch: Batch) -> Tensor:
         """Return the measurement of each sample, (B,)."""
@@ -234,6 +262,23 @@ class ModelFunction:
         """Return the weight of the quadratic penalty on each coordinate, (D,).
 
         Raises:
+            StageError: as for :meth:`penalties`; or they differ between parameters that share coordinates.
+        """
+        own = self.penalties()
+        if not self.coordinates.separate and len(set(own.values())) > 1:
+            raise StageError(
+                "l2 differs between parameters that are projected to the same coordinates: "
+                'give one l2 for all, or use projection = { kind = "kronecker", … }'
+            )
+        found_D = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for name, columns in self.coordinates.columns.items():
+            found_D[columns] = own[name]
+        return found_D
+
+    def penalties(self) -> dict[str, float]:
+        """Return the weight of the quadratic penalty on each selected parameter.
+
+        Raises:
             StageError: the task's ``l2`` is no weight, or a glob of it matches no parameter of the model.
         """
         weights = self.task.l2
@@ -251,16 +296,7 @@ class ModelFunction:
         for glob in weights:
             if not fnmatch.filter(everything, glob):
                 raise StageError(f"l2: {glob!r} matches no parameter of the model; it has {', '.join(everything)}")
-        own = {n: next((w for g, w in weights.items() if fnmatch.fnmatchcase(n, g)), 0.0) for n in self.params}
-        if not self.coordinates.separate and len(set(own.values())) > 1:
-            raise StageError(
-                "l2 differs between parameters that are projected to the same coordinates: "
-                'give one l2 for all, or use projection = { kind = "kronecker", … }'
-            )
-        found_D = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        for name, columns in self.coordinates.columns.items():
-            found_D[columns] = own[name]
-        return found_D
+        return {n: next((w for g, w in weights.items() if fnmatch.fnmatchcase(n, g)), 0.0) for n in self.params}
 
     @staticmethod
     def _each(values: Any, what: str) -> Tensor:

@@ -55,7 +55,7 @@ class SelfInfluence(Stage):
         Raises:
             StageError: the problem does not fit the solver or the memory.
         """
-        solver.check_size(curvature.dim, memory_bytes)
+        solver.check_size(curvature.function, memory_bytes)
         solver.check_samples(len(curvature.samples))
         self.solver, self.curvature, self.prepared = solver, curvature, prepared
         self.gradients, self.train_ids = gradients, train_ids

@@ -310,6 +310,97 @@ def dense(case: Case, kind: str) -> Tensor:
     return {"hessian": hessian, "ggn": ggn}[kind](case)
 
 
+def second_moments(case: Case, kind: str, draw: Callable[[Tensor, Any, int], Any] | None = None) -> Tensor:
+    """Return the K-FAC or EK-FAC matrix with the penalty's Hessian, (D, D), with every Kronecker product formed.
+
+    Args:
+        case: whose layers are linear ones, convolutions and tables, which have factors where they are called, with the
+            bias where it has the weight's l2; all else has the diagonal.
+        kind: "kfac" or "ekfac".
+        draw: gives the batch of one sample, with its outputs and number, other targets; by default its own are taken.
+    """
+    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding
+    layers = {module: name for name, module in case.model.named_modules() if isinstance(module, kinds)}
+    names = [name for name, p in case.model.named_parameters() if p.requires_grad]
+    starts = dict(zip(names, np.cumsum([0, *(p.numel() for p in case.parameters)]).tolist(), strict=False))
+    met: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {module: [] for module in layers}
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    hooks = [m.register_forward_hook(lambda m, args, out: calls.append((m, args[0], out))) for m in layers]
+    count, rows = len(case.data), []
+    for i in range(count):
+        calls.clear()
+        batch = case.data.batch([i])
+        outputs = case.task.outputs(case.model, batch)
+        if draw is None:
+            loss = case.task.losses(outputs, batch)[0]
+        else:
+            loss = case.task.sampled_losses(outputs, draw(outputs.detach(), batch, i))[0]
+        rows.append(flat_grad(loss, case.parameters).detach())
+        of_outputs = torch.autograd.grad(loss, [out for _, _, out in calls])
+        for (module, inputs, _), grads in zip(calls, of_outputs, strict=True):
+            met[module].append((inputs.detach(), grads))
+    for hook in hooks:
+        hook.remove()
+    rows_ND = torch.stack(rows)
+    total = torch.diag(rows_ND.square().mean(0))
+    l2 = penalty(case)
+    for module, name in layers.items():
+        bias = starts.get(f"{name}.bias")
+        with_bias = bias is not None and bool(l2[bias] == l2[starts[f"{name}.weight"]])
+        found = _factors_of(module, starts[f"{name}.weight"], bias if with_bias else None, met[module])
+        for places, left, right, positions in found:
+            left, right = left / positions, right / count
+            whole = torch.kron(left, right)
+            if kind == "ekfac":
+                units = torch.eye(len(right), dtype=right.dtype)
+                basis = units if isinstance(module, nn.Embedding) else torch.linalg.eigh(right)[1]
+                vectors = torch.kron(torch.linalg.eigh(left)[1].contiguous(), basis.contiguous())
+                whole = vectors @ torch.diag((rows_ND[:, places] @ vectors).square().mean(0)) @ vectors.T
+            total[places.unsqueeze(1), places] = whole
+    return total + torch.diag(l2)
+
+
+def _factors_of(
+    module: nn.Module, start: int, bias: int | None, calls: list[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor, Tensor, int]]:
+    """Return, for each group of a layer, its coordinates (O · I,), Σ g gᵀ and Σ a aᵀ, and the number of positions."""
+    seen, back = [], []
+    for inputs, grads in calls:
+        if isinstance(module, nn.Embedding):
+            keep = inputs.reshape(-1) != (-1 if module.padding_idx is None else module.padding_idx)
+            seen.append(functional.one_hot(inputs.reshape(-1), module.num_embeddings)[keep].double())
+            back.append(grads.reshape(-1, grads.shape[-1])[keep])
+        elif isinstance(module, nn.Linear):
+            seen.append(inputs.reshape(-1, inputs.shape[-1]))
+            back.append(grads.reshape(-1, grads.shape[-1]))
+        else:
+            image = inputs if inputs.ndim == 4 else inputs.unsqueeze(2)
+            options = ((1, *o) if inputs.ndim == 3 else o for o in (module.kernel_size, module.dilation))
+            padding, stride = module.padding, module.stride
+            if inputs.ndim == 3:
+                padding, stride = (0, *padding), (1, *stride)
+            patches = functional.unfold(image, *options, padding=padding, stride=stride)
+            seen.append(patches[0].T)
+            back.append(grads.flatten(2)[0].T)
+    if not seen:
+        return []
+    a, g = torch.cat(seen), torch.cat(back)
+    weight, groups = module.weight, getattr(module, "groups", 1)
+    inputs, outputs = a.shape[1] // groups, g.shape[1] // groups
+    found = []
+    for group in range(groups):
+        part, own = a[:, group * inputs : (group + 1) * inputs], g[:, group * outputs : (group + 1) * outputs]
+        places = start + torch.arange(weight.numel())
+        places = places.view(inputs, outputs).T if isinstance(module, nn.Embedding) else places.view(-1, inputs)
+        places = places[group * outputs : (group + 1) * outputs]
+        if bias is not None:
+            part = torch.cat([part, torch.ones(len(part), 1, dtype=part.dtype)], dim=1)
+            of_bias = bias + torch.arange(group * outputs, (group + 1) * outputs)
+            places = torch.cat([places, of_bias.unsqueeze(1)], dim=1)
+        found.append((places.flatten(), own.T @ own, part.T @ part, len(own)))
+    return found
+
+
 def solution(matrix: Tensor, damping: float, rhs_TD: Tensor) -> Tensor:
     """Return (H + λI)⁻¹ v for each row v, (T, D)."""
     return torch.linalg.solve(matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype), rhs_TD.T).T
@@ -325,11 +416,13 @@ def ranking(scores: Sequence[float], ids: Sequence[int], k: int, *, largest: boo
 
 
 def prepared(solver: Any, curvature: Curvature, parts: int = 3) -> dict[str, Any]:
-    """Run a solver's preparation, block by block, into NumPy arrays."""
-    stage = Prepare(solver, curvature, parts)
+    """Run a solver's preparation, block by block, into NumPy arrays, with what comes before it."""
+    first = solver.first()
+    before = prepared(first, curvature, parts) if first else {}
+    stage = Prepare(solver, curvature, parts, before)
     arrays = {spec.name: np.full(spec.shape, np.nan) for spec in stage.arrays}
     for block in stage.grid:
         found = stage.compute(block)
         for spec in stage.arrays:
             arrays[spec.name][spec.region(stage.grid, block)] = found[spec.name]
-    return {**arrays, **stage.finish(arrays)}
+    return {**before, **arrays, **stage.finish(arrays)}

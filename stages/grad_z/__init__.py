@@ -84,20 +84,25 @@ class PerSample:
         Raises:
             StageError: samples influence one another, or every gradient is zero.
         """
-        count = len(self.samples)
-        ids = sorted({round(i * (count - 1) / max(1, PROBES - 1)) for i in range(PROBES)})
+        ids = self.probes
         probes = DeviceBatch(len(ids))
         _, self._technique = next(probes.pieces(self.samples.batch(ids), self._chosen))
         if probes.size < len(ids):
             self.batch.size = min(self.batch.size, probes.size)
         if not self._any(ids):
-            many = range(min(count, 64))
+            many = range(min(len(self.samples), 64))
             if not self._any(many):
                 raise StageError(
                     f"every gradient is zero for all of {', '.join(self.function.params)} "
                     f"(looked at samples {ids} and the first {len(many)}): "
                     "the loss does not depend on these parameters, or the model is dead there"
                 )
+
+    @property
+    def probes(self) -> list[int]:
+        """The samples on which techniques are compared, spread over all."""
+        last = len(self.samples) - 1
+        return sorted({round(i * last / max(1, PROBES - 1)) for i in range(PROBES)})
 
     @property
     def technique(self) -> Technique:

@@ -256,21 +256,37 @@ def choose(function: ModelFunction, values: Values, batch: Batch) -> Technique:
     Raises:
         StageError: the loss is not of a kind that has gradients for each sample.
     """
+    found = hooked(function, values, batch)
+    rest = ", ".join(name for name in function.params if name not in found.names)
+    how = "by vmap" if found.other is vmap.gradients else "one sample at a time"
+    few = sum(function.params[name].numel() for name in found.names) < MOST * function.entries
+    if few or (rest and found.other is vmap.gradients and function.entries < SECOND_PASS):
+        log.info("gradients %s: layer hooks do not follow %s", how, rest)
+        return found.other
+    log.info("gradients by layer hooks%s", rest and f"; {how} for {rest}")
+    return found
+
+
+def hooked(function: ModelFunction, values: Values, batch: Batch) -> hooks.Hooks:
+    """Return layer hooks for all parameters that they follow rightly on this batch, with what does the others.
+
+    Args:
+        function: the model.
+        values: what is differentiated.
+        batch: a few samples.
+
+    Raises:
+        StageError: the loss is not of a kind that has gradients for each sample.
+    """
     batch = part(batch, slice(0, compared(function)))
     with naming(f"in the gradients of a batch of {shapes(batch)}"):
         expected_BD, _ = loop.gradients(function, values, batch)
         most = tolerance(function, values, batch)
     names, shared = _followed(function, values, batch, expected_BD, most)
-    rest = ", ".join(name for name in function.params if name not in names)
+    rest = len(names) < len(function.params)
     other: Technique = loop.gradients
     if rest or function.entries <= FALLBACK:
         other = _whole(function, values, batch, expected_BD, most, logging.INFO if rest else logging.DEBUG)
-    how = "by vmap" if other is vmap.gradients else "one sample at a time"
-    few = sum(function.params[name].numel() for name in names) < MOST * function.entries
-    if few or (rest and other is vmap.gradients and function.entries < SECOND_PASS):
-        log.info("gradients %s: layer hooks do not follow %s", how, rest)
-        return other
-    log.info("gradients by layer hooks%s", rest and f"; {how} for {rest}")
     return hooks.Hooks(names, other, shared)
 
 

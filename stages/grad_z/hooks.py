@@ -152,6 +152,48 @@ def recording(owned: list[Owner], count: int, shared: frozenset[str]) -> Iterato
         yield seen
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What one forward and one backward pass gave.
+
+    Attributes:
+        calls: of layers, each with the gradients of its outputs; those without any are left out.
+        values: (B,), what was differentiated.
+        unfit: parameters that hooks cannot follow on this batch.
+    """
+
+    calls: list[tuple[Call, Tensor]]
+    values: Tensor
+    unfit: set[str]
+
+
+def recorded(
+    function: ModelFunction, values: Values, batch: Batch, names: frozenset[str], shared: frozenset[str] = frozenset()
+) -> Recorded:
+    """Run a forward and a backward pass with hooks on the layers of some parameters.
+
+    Args:
+        function: the model.
+        values: what is differentiated.
+        batch: the samples.
+        names: the parameters.
+        shared: those of them whose layers are called once for all samples alike.
+    """
+    owned = [owner for owner in owners(function) if names & set(owner.names.values())]
+    params = {n: p.detach().requires_grad_() if n in names else p for n, p in function.params.items()}
+    with torch.enable_grad(), recording(owned, size(batch), shared) as seen:
+        results = values(params, batch)
+    edges = [call.edge for call in seen.calls]
+    grads: tuple[Tensor | None, ...] = ()
+    if edges and results.requires_grad:
+        grads = torch.autograd.grad(results.sum(), edges, allow_unused=True)
+    for call in seen.calls:
+        if call.inputs._version != call.version:
+            seen.unfit.update(call.owner.names.values())
+    known = [(call, grad) for call, grad in zip(seen.calls, grads, strict=False) if grad is not None]
+    return Recorded(known, results.detach(), seen.unfit & names)
+
+
 def gradients(
     function: ModelFunction, values: Values, batch: Batch, names: frozenset[str], shared: frozenset[str] = frozenset()
 ) -> tuple[Tensor, Tensor, set[str]]:
@@ -168,27 +210,11 @@ def gradients(
         Gradients (B, D), whose columns are not filled for other parameters than ``names`` less the last value;
         values (B,); and those of ``names`` that hooks cannot follow on this batch.
     """
-    count = size(batch)
-    owned = [owner for owner in owners(function) if names & set(owner.names.values())]
-    params = {n: p.detach().requires_grad_() if n in names else p for n, p in function.params.items()}
-    with torch.enable_grad(), recording(owned, count, shared) as seen:
-        results = values(params, batch)
-    edges = [call.edge for call in seen.calls]
-    grads: tuple[Tensor | None, ...] = ()
-    if edges and results.requires_grad:
-        grads = torch.autograd.grad(results.sum(), edges, allow_unused=True)
-    for call in seen.calls:
-        if call.inputs._version != call.version:
-            seen.unfit.update(call.owner.names.values())
-    out_BD = empty(function, count)
+    found = recorded(function, values, batch, names, shared)
+    out_BD = empty(function, size(batch))
     with torch.no_grad():
-        fill(
-            out_BD,
-            function,
-            [(c, g) for c, g in zip(seen.calls, grads, strict=False) if g is not None],
-            names - seen.unfit,
-        )
-    return out_BD, results.detach(), seen.unfit & names
+        fill(out_BD, function, found.calls, names - found.unfit)
+    return out_BD, found.values, found.unfit
 
 
 def jacobian(function: ModelFunction, batch: Batch, hooks: Hooks) -> tuple[Tensor, Tensor] | None:

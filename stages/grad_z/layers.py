@@ -36,6 +36,12 @@ Factors = Callable[[Any, Tensor, Tensor, Kronecker], tuple[Tensor, Tensor] | Non
 weight's gradient G, projected before they meet; None where they have no such form."""
 
 
+Sides = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``(module, inputs, output gradients)`` gives what meets at every position of every sample: what goes in,
+(G, I, B · P), or the rows of a table that were looked up, (B · P,); and the gradient of what comes out, (G, O, B · P).
+The weight's gradient is the sum of their outer products."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """How the parameters of one kind of module get their per-sample gradients.
@@ -46,6 +52,8 @@ class Layer:
         usable: says whether a module's options are among those that ``write`` knows.
         factors: projects the weight's gradients before they are formed.
         shareable: one call may serve all samples alike, as a table of positions is looked up in.
+        sides: gives the factors of the weight's gradient at every position; None where it has none.
+        turned: the weight lies with what goes in first.
     """
 
     write: Write
@@ -53,6 +61,8 @@ class Layer:
     usable: Callable[[Any], bool] = lambda module: True
     factors: Factors | None = None
     shareable: bool = False
+    sides: Sides | None = None
+    turned: bool = False
 
     def takes(self, module: nn.Module, inputs: object, count: int) -> bool:
         """Say whether the inputs of one call are ``count`` samples, with the batch first."""
@@ -79,7 +89,18 @@ def _of_transformers() -> list[tuple[type[nn.Module], Layer]]:
     return (
         []
         if kind is None
-        else [(kind, Layer(write_transposed_linear, lambda module: 1, factors=transposed_linear_factors))]
+        else [
+            (
+                kind,
+                Layer(
+                    write_transposed_linear,
+                    lambda module: 1,
+                    factors=transposed_linear_factors,
+                    sides=linear_sides,
+                    turned=True,
+                ),
+            )
+        ]
     )
 
 
@@ -97,6 +118,11 @@ def linear_factors(module: nn.Module, inputs: Tensor, grads: Tensor, one: Kronec
     """Project output gradients and inputs at every position."""
     rows_BPr = projected(grads.reshape(len(grads), -1, grads.shape[-1]), one.left)
     return rows_BPr.transpose(1, 2), projected(inputs.reshape(len(inputs), -1, inputs.shape[-1]), one.right)
+
+
+def linear_sides(module: nn.Module, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay out the inputs and output gradients of all positions."""
+    return inputs.reshape(-1, inputs.shape[-1]).T.unsqueeze(0), grads.reshape(-1, grads.shape[-1]).T.unsqueeze(0)
 
 
 def projected(values: Tensor, side: Tensor | None) -> Tensor:
@@ -163,6 +189,16 @@ def convolution_factors(module: Any, inputs: Tensor, grads: Tensor, one: Kroneck
     return torch.einsum("rgo,bgop->brgp", left_rGO, grads_BGOP).flatten(2), seen_BQc
 
 
+def convolution_sides(module: Any, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay out the patches that the kernel sees, and the output gradients, group by group."""
+    seen = patches(module, inputs)
+    dims = len(module.kernel_size)
+    seen = seen.permute(*range(1, 2 + dims), 0, *range(2 + dims, 2 + 2 * dims))
+    patch = inputs.shape[1] // module.groups * math.prod(module.kernel_size)
+    out = module.out_channels // module.groups
+    return seen.reshape(module.groups, patch, -1), grads.transpose(0, 1).reshape(module.groups, out, -1)
+
+
 def padded(module: Any, inputs: Tensor) -> Tensor:
     """Return a convolution's inputs with its padding around them."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -214,6 +250,14 @@ def embedding_factors(
     return rows_BrP, projected(grads_BPO, one.right)
 
 
+def embedding_sides(module: nn.Embedding, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay out the rows that were looked up and the output gradients, which are zero for the padding's row."""
+    index, flat = inputs.reshape(-1), grads.reshape(inputs.numel(), -1)
+    if module.padding_idx is not None:
+        flat = flat.masked_fill((index == module.padding_idx).unsqueeze(1), 0)
+    return index, flat.T.unsqueeze(0)
+
+
 def write_layer_norm(module: Any, name: str, inputs: Tensor, grads: Tensor, out: Tensor) -> None:
     """Fill a gradient of y = w · x̂ + b, where every position has all of the weight."""
     if name == "weight":
@@ -246,14 +290,23 @@ def has_running_statistics(module: Any) -> bool:
     return module.running_mean is not None and not module.training
 
 
-_convolution = Layer(write_convolution, lambda module: 1 + len(module.kernel_size), factors=convolution_factors)
+_convolution = Layer(
+    *(write_convolution, lambda module: 1 + len(module.kernel_size)),
+    factors=convolution_factors,
+    sides=convolution_sides,
+)
 _batch_norm = Layer(write_batch_norm, lambda module: 1, has_running_statistics)
 LAYERS: dict[type[nn.Module], Layer] = {
-    nn.Linear: Layer(write_linear, lambda module: 1, factors=linear_factors),
+    nn.Linear: Layer(write_linear, lambda module: 1, factors=linear_factors, sides=linear_sides),
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
     nn.Conv3d: _convolution,
-    nn.Embedding: Layer(write_embedding, lambda module: 0, has_plain_rows, embedding_factors, shareable=True),
+    nn.Embedding: Layer(
+        *(write_embedding, lambda module: 0, has_plain_rows, embedding_factors),
+        shareable=True,
+        sides=embedding_sides,
+        turned=True,
+    ),
     nn.LayerNorm: Layer(write_layer_norm, lambda module: len(module.normalized_shape)),
     nn.GroupNorm: Layer(write_group_norm, lambda module: 1),
     nn.BatchNorm1d: _batch_norm,

@@ -55,7 +55,7 @@ class STest(Stage):
         from stages.grad_z import PerSample
 
         function = curvature.function
-        solver.check_size(function.size, memory_bytes)
+        solver.check_size(function, memory_bytes)
         solver.check_samples(len(curvature.samples))
         self.solver, self.curvature, self.prepared = solver, curvature, prepared
         self.per_sample = PerSample(function, function.measurements, samples, batch)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.curvature import Curvature, Kind
+    from stages.parameters import ModelFunction
 
 
 class Exact(CurvatureSolver):
@@ -32,13 +33,22 @@ class Exact(CurvatureSolver):
         """Return the distance from an optimum, the matrix, and the mean eigenvalue, which its diagonal gives."""
         return ("gradient_norm", "mean_eigenvalue", "matrix")
 
-    def sum_shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the gradient and the matrix."""
-        return {"gradient_sum": (dim,), "matrix_sum": (dim, dim)}
+    def summary_dims(self, function: ModelFunction) -> dict[str, dict[str, int]]:
+        """Return the dimensions of the matrix."""
+        return {"matrix": {"coordinate": function.size, "column": function.size}}
 
-    def sums(self, curvature: Curvature, ids: Sequence[int], report: Report) -> dict[str, Array]:
+    def sum_shapes(self, function: ModelFunction) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the gradient and the matrix."""
+        return {"gradient_sum": (function.size,), "matrix_sum": (function.size, function.size)}
+
+    def summed(self, function: ModelFunction) -> str:
+        """Say what the sums are of."""
+        return "the mean gradient and the matrix"
+
+    def sums(self, curvature: Curvature, ids: Sequence[int], prepared: Prepared, report: Report) -> dict[str, Array]:
         """Sum gradients and matrices."""
-        return {**super().sums(curvature, ids, report), "matrix_sum": curvature.matrix(ids, report).cpu().numpy()}
+        found = super().sums(curvature, ids, prepared, report)
+        return {**found, "matrix_sum": curvature.matrix(ids, report).cpu().numpy()}
 
     def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
         """Make H of the sum."""
@@ -52,12 +62,13 @@ class Exact(CurvatureSolver):
         """Return what H, its factor and one copy take."""
         return 3 * 8 * curvature.dim**2
 
-    def check_size(self, dim: int, memory_bytes: int) -> None:
+    def check_size(self, function: ModelFunction, memory_bytes: int) -> None:
         """Refuse a matrix that does not fit: H, its factor and one copy are held at once.
 
         Raises:
             StageError: with the bytes needed and what would do.
         """
+        dim = function.size
         needed = 3 * 8 * dim**2
         if needed > memory_bytes:
             fits = int((memory_bytes / 24) ** 0.5)

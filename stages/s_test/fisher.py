@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from stages.numbers import Count, Whole
+from stages.numbers import Count
 from stages.s_test.exact import factorised
 from stages.s_test.solver import DampedSolver, Prepared, Solution, Solve
 from stages.stage import ArrayLike, Report, StageError
@@ -42,14 +42,12 @@ class Fisher(DampedSolver):
 
     Attributes:
         rank: "full", or of how many columns the basis is, for when neither (N, N) nor (D, D) fits the memory.
-        seed: of the basis.
     """
 
     of_gradients: ClassVar[bool] = True
 
     solver: Literal["fisher"] = "fisher"
     rank: Literal["full"] | Count = "full"
-    seed: Whole = 0
 
     def preparation(self) -> dict[str, Any]:
         """Return what is prepared: not λ, which is added when solving."""

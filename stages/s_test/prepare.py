@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.s_test.solver import Solver
+from stages.s_test.solver import Prepared, Solver
 from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Report, Samples, Stage, silent
 
 if TYPE_CHECKING:
@@ -20,11 +20,17 @@ SUMMARY = {
     "gradient_norm": "Euclidean norm of the training objective's gradient, zero at an optimum",
     "mean_eigenvalue": "mean eigenvalue of H",
     "largest_eigenvalue": "largest eigenvalue of H over some minibatches",
+    "eigenvectors": "of the Kronecker factors S and A of each layer, one after the other",
+    "eigenvalues": "of the approximation to H without l2, at the place of each eigenvector among the coordinates",
+    "positions": "training samples times positions at which each layer was met, 0 for one without factors",
 }
 SUMS = {
     "gradient_sum": "sum of the gradients of a part of the training set",
     "matrix_sum": "Σ H_i over a part of the training set",
     "probe_sum": "vᵀ Σ H_i v over a part of the training set, for random signs v",
+    "factor_sum": "Σ g gᵀ and Σ a aᵀ of each layer over a part of the training set, upper triangles",
+    "position_sum": "positions at which each layer was met in a part of the training set",
+    "square_sum": "Σ of squared gradients over a part of the training set, in the eigenbasis where a layer has one",
 }
 
 
@@ -37,10 +43,17 @@ class Prepare(Stage):
 
     name = "curvature"
 
-    def __init__(self, solver: Solver, curvature: Curvature, parts: int) -> None:
-        """Lay out what ``solver`` prepares, with the training set in ``parts``."""
-        self.solver, self.curvature = solver, curvature
-        dim, count = curvature.dim, len(probes(len(curvature.samples)))
+    def __init__(self, solver: Solver, curvature: Curvature, parts: int, prepared: Prepared) -> None:
+        """Lay out what ``solver`` prepares.
+
+        Args:
+            solver: whose preparation it is.
+            curvature: over the training set.
+            parts: into which the training set is cut.
+            prepared: what the solver's :meth:`~stages.s_test.solver.Solver.first` prepared.
+        """
+        self.solver, self.curvature, self.prepared = solver, curvature, prepared
+        count, dims = len(probes(len(curvature.samples))), solver.summary_dims(curvature.function)
         self.grid = Grid((Axis("part", parts, 1),))
         self.arrays = tuple(
             ArraySpec(
@@ -50,12 +63,12 @@ class Prepare(Stage):
                 "float64",
                 about=SUMS[name],
             )
-            for name, shape in solver.sum_shapes(dim).items()
+            for name, shape in solver.sum_shapes(curvature.function).items()
         )
         self.merged = (ArraySpec("probe_loss", ("probe",), (count,), about="of some samples"),)
         for name in solver.summary_names():
-            dims = ("coordinate", "column") if name == "matrix" else ()
-            self.merged += (ArraySpec(name, dims, (dim,) * len(dims), "float64", about=SUMMARY[name]),)
+            of = dims.get(name, {})
+            self.merged += (ArraySpec(name, tuple(of), tuple(of.values()), "float64", about=SUMMARY[name]),)
 
     @property
     def held_bytes(self) -> int:
@@ -72,7 +85,7 @@ class Prepare(Stage):
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Compute the sums over a part of the training set."""
-        found = self.solver.sums(self.curvature, self.part(block), report)
+        found = self.solver.sums(self.curvature, self.part(block), self.prepared, report)
         return {name: values[np.newaxis] for name, values in found.items()}
 
     def part(self, block: Block) -> range:
@@ -84,10 +97,10 @@ class Prepare(Stage):
         """Compute the numbers."""
         sums = {
             name: functools.reduce(np.add, (arrays[name][number : number + 1][0] for number in range(len(self.grid))))
-            for name in self.solver.sum_shapes(self.curvature.dim)
+            for name in self.solver.sum_shapes(self.curvature.function)
         }
         losses = probe_losses(self.curvature.function, self.curvature.samples, probes(len(self.curvature.samples)))
-        return {"probe_loss": losses, **self.solver.summary(self.curvature, sums, report)}
+        return {"probe_loss": losses, **self.solver.summary(self.curvature, {**self.prepared, **sums}, report)}
 
 
 def probe_losses(function: ModelFunction, samples: Samples, ids: Sequence[int]) -> Array:

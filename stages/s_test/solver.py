@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.curvature import Curvature, Kind, Product
+    from stages.parameters import ModelFunction
 
 
 class RelativeDamping(BaseModel):
@@ -81,6 +82,20 @@ class Solver(BaseModel):
 
     solver: str
 
+    @property
+    def draws(self) -> bool:
+        """Whether preparing draws targets from the model's own distribution."""
+        return False
+
+    def first(self) -> Solver | None:
+        """Return the solver whose preparation comes before this one's, which reads it; None where there is none."""
+        return None
+
+    def chain(self) -> list[Solver]:
+        """Return the solvers whose preparations are needed, in the order in which they are made, this one last."""
+        first = self.first()
+        return [*(first.chain() if first else ()), self]
+
     def preparation(self) -> dict[str, Any] | None:
         """Return what :meth:`summary` depends on, None where nothing is prepared."""
         return None
@@ -89,12 +104,27 @@ class Solver(BaseModel):
         """Return the names of what :meth:`summary` finds."""
         return ()
 
-    def sum_shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
+    def summary_dims(self, function: ModelFunction) -> dict[str, dict[str, int]]:
+        """Return the dimensions, by name, of what :meth:`summary` finds that is more than a number."""
+        return {}
+
+    def sum_shapes(self, function: ModelFunction) -> dict[str, tuple[int, ...]]:
         """Return the shape of each of the :meth:`sums`, by name."""
         return {}
 
-    def sums(self, curvature: Curvature, ids: Sequence[int], report: Report) -> dict[str, Array]:
-        """Sum over some training samples what :meth:`summary` takes the sum of over all, float64."""
+    def summed(self, function: ModelFunction) -> str:
+        """Say, for people, what is summed over the training set."""
+        return ""
+
+    def sums(self, curvature: Curvature, ids: Sequence[int], prepared: Prepared, report: Report) -> dict[str, Array]:
+        """Sum over some training samples what :meth:`summary` takes the sum of over all, float64.
+
+        Args:
+            curvature: over the training set.
+            ids: the samples.
+            prepared: what the :meth:`first` solver prepared.
+            report: of progress.
+        """
         return {}
 
     def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
@@ -102,14 +132,14 @@ class Solver(BaseModel):
 
         Args:
             curvature: over the training set.
-            prepared: the sums over all of that.
+            prepared: the sums over all of that, and what the :meth:`first` solver prepared.
             report: of progress.
         """
         return {}
 
     def summing_bytes(self, curvature: Curvature) -> int:
         """Return what preparing holds beside its vectors: sums over a part while they are added up, and products."""
-        summed = sum(8 * math.prod(shape) for shape in self.sum_shapes(curvature.dim).values())
+        summed = sum(8 * math.prod(shape) for shape in self.sum_shapes(curvature.function).values())
         return 3 * summed + curvature.product_bytes
 
     def preparing_vectors(self, curvature: Curvature) -> int:
@@ -128,8 +158,8 @@ class Solver(BaseModel):
         """Return how many right-hand sides are solved for together, at least one, with so much held beside these."""
         return max(1, (memory_bytes - memory_bytes // SPARE - beside_bytes) // self.row_bytes(curvature))
 
-    def check_size(self, dim: int, memory_bytes: int) -> None:
-        """Refuse a problem that this solver cannot hold.
+    def check_size(self, function: ModelFunction, memory_bytes: int) -> None:
+        """Refuse a problem that this solver cannot hold, or has no answer for.
 
         Raises:
             StageError: with the bytes needed and what would do.
@@ -164,9 +194,11 @@ class DampedSolver(Solver):
 
     Attributes:
         damping: λ ≥ 0, absolute, or ``{ relative = r }`` times the mean eigenvalue of H.
+        seed: of every random draw.
     """
 
     damping: Damping = RelativeDamping(relative=0.1)
+    seed: Whole = 0
 
     def resolved(self, prepared: Prepared) -> float:
         """Return λ.
@@ -178,9 +210,10 @@ class DampedSolver(Solver):
             return float(self.damping)
         mean = float(prepared["mean_eigenvalue"][()])
         if not mean > 0:
+            other = ', or use curvature = "ggn"' if getattr(self, "curvature", None) == "hessian" else ""
             raise StageError(
                 f"damping relative to the mean eigenvalue of H, and that is {mean:.3g}: "
-                'give an absolute `damping`, or use curvature = "ggn"'
+                f"give an absolute `damping`{other}"
             )
         return self.damping.relative * mean
 
@@ -190,11 +223,9 @@ class CurvatureSolver(DampedSolver):
 
     Attributes:
         curvature: "ggn" (positive semi-definite for losses that are convex in the outputs) or "hessian".
-        seed: of every random draw.
     """
 
     curvature: Literal["hessian", "ggn"] = "ggn"
-    seed: Whole = 0
 
     def uncorrectable(self) -> str:
         """Say nothing: H is of all training samples, so that each can be taken out of it."""
@@ -209,21 +240,26 @@ class CurvatureSolver(DampedSolver):
         """Return the distance from an optimum, and the mean eigenvalue where λ is relative to it."""
         return ("gradient_norm", "mean_eigenvalue") if isinstance(self.damping, RelativeDamping) else ("gradient_norm",)
 
-    def sum_shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
+    def sum_shapes(self, function: ModelFunction) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the gradient and, where they are wanted, of the quadratic forms of probes."""
         probes: dict[str, tuple[int, ...]] = (
             {"probe_sum": (PROBES,)} if "mean_eigenvalue" in self.summary_names() else {}
         )
-        return {"gradient_sum": (dim,), **probes}
+        return {"gradient_sum": (function.size,), **probes}
 
-    def sums(self, curvature: Curvature, ids: Sequence[int], report: Report) -> dict[str, Array]:
+    def summed(self, function: ModelFunction) -> str:
+        """Say what the sums are of."""
+        products = self.sum_shapes(function).get("probe_sum", (0,))[0]
+        return "the mean gradient" + (f" and {products} products with H" if products else "")
+
+    def sums(self, curvature: Curvature, ids: Sequence[int], prepared: Prepared, report: Report) -> dict[str, Array]:
         """Sum gradients and, where they are wanted, quadratic forms of probes."""
         import torch
 
         from stages.curvature import few_random_signs
 
         found = {"gradient_sum": curvature.gradient_sum(ids, report)}
-        if "probe_sum" in self.sum_shapes(curvature.dim):
+        if "probe_sum" in self.sum_shapes(curvature.function):
             signs = few_random_signs(PROBES, curvature.dim, curvature.l2, self.seed, self.probes_together(curvature))
             found["probe_sum"] = torch.cat([curvature.forms(few, ids, report) for few in signs])
         return {name: value.cpu().numpy() for name, value in found.items()}
@@ -245,7 +281,7 @@ class CurvatureSolver(DampedSolver):
 
     def preparing_vectors(self, curvature: Curvature) -> int:
         """Return the vectors of probes, where there are any."""
-        wanted = "probe_sum" in self.sum_shapes(curvature.dim)
+        wanted = "probe_sum" in self.sum_shapes(curvature.function)
         return PROBE_VECTORS * self.probes_together(curvature) if wanted else 2 * PROBE_VECTORS
 
     def fixed_bytes(self, curvature: Curvature) -> int:

@@ -55,6 +55,16 @@ def deep(folder: Path, samples: int) -> ip.Pipeline:
     return ip.Pipeline(ip.Experiment(model.eval(), ip.Classification(), data, {"few": data}), folder, settings)
 
 
+def factored(folder: Path, samples: int, inputs: int = 1500) -> ip.Pipeline:
+    """Make a pipeline of a perceptron whose Kronecker factors take more than all around them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inputs, 400), nn.ReLU(), nn.Linear(400, 10)).eval()
+    data = TensorDataset(torch.randn(samples, inputs), torch.arange(samples) % 10)
+    experiment = ip.Experiment(model, ip.Classification(), data, {"few": TensorDataset(*data[:16])})
+    settings = ip.Settings(s_test={"solver": "ekfac"}, runtime={"device": "cpu", "progress": False})
+    return ip.Pipeline(experiment, folder, settings)
+
+
 class Table(nn.Module):
     """A mean of looked-up rows and a layer on it: of many parameters, a sample's gradient is nearly all zeros."""
 
@@ -126,6 +136,9 @@ def of_gradients(stage: str, form: str, folder: Path) -> tuple[int, int]:
     return peak(lambda: wanted._run(prepared) if stage == "curvature" else wanted.s_test("few")), predicted
 
 
+KRONECKER = ("factors", "eigenvalues", "eigenbasis")
+
+
 def measure(stage: str, folder: Path) -> tuple[int, int]:
     """Return the peak of a stage above what libraries, model and data take; and what the plan says."""
     if stage == "s_test":
@@ -147,6 +160,14 @@ def measure(stage: str, folder: Path) -> tuple[int, int]:
         wanted = table(folder / "wanted", 40_000, "640 MiB")
         predicted = wanted.plan("few")["curvature"].memory_bytes
         return peak(lambda: wanted.s_test("few")), predicted
+    if stage in KRONECKER:
+        factored(folder / "first", 16, 20).s_test("few")
+        wanted = factored(folder / "wanted", 1024)
+        number = KRONECKER.index(stage)
+        places, predicted = wanted._places(["few"])[1:4], wanted.plan("few").stages[1 + number].memory_bytes
+        for place in places[:number]:
+            wanted._run(place)
+        return peak(lambda: wanted._run(places[number])), predicted
     if stage == "activations":
         deep(folder / "first", 4).grad_z()
         wanted = deep(folder / "wanted", 64)
@@ -196,6 +217,7 @@ def solving_for_samples(folder: Path) -> tuple[int, int]:
     [
         *("grad_z", "activations", "choosing", "probes", "newton", "s_test", "self_influence", "influence"),
         *(f"fisher {stage} {form}" for stage in ("curvature", "s_test") for form in FISHER),
+        *KRONECKER,
     ],
 )
 def test_a_stage_holds_what_the_plan_says(tmp_path: Path, stage: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stages.curvature import Curvature, random_signs
 from stages.device_batch import DeviceBatch
+from stages.parameters import ModelFunction
 from stages.projection import Projection
 from stages.s_test import STest, solvers
 from stages.s_test.cg import Cg, conjugate_gradients
@@ -80,7 +81,7 @@ def true_residual(matrix: Tensor, damping: float, rhs: Tensor, vectors: Tensor) 
 
 
 def test_every_solver_that_is_found_is_compared_with_a_dense_answer() -> None:
-    own_tests = {"identity", "fisher"}
+    own_tests = {"identity", "fisher", "kfac", "ekfac"}
     assert set(solvers()) == {*TABLE, *own_tests}, "give the new solver settings in TABLE, or tests of its own"
 
 
@@ -273,11 +274,14 @@ def test_cg_refuses_what_has_no_solution_with_a_damping_that_works(dtype: torch.
 
 
 def test_exact_refuses_a_matrix_that_does_not_fit_with_the_numbers() -> None:
+    def of_size(dim: int) -> ModelFunction:
+        return ModelFunction(nn.Linear(dim, 1, bias=False), ClassTask(), ["*"], oracles.CPU)
+
     with pytest.raises(StageError, match=r"needs 22\.4 GiB for a 31623 × 31623 .* is 2\.0 GiB, enough for 9459 param"):
-        Exact().check_size(31623, 2 * 2**30)
-    Exact().check_size(9459, 2 * 2**30)
+        Exact().check_size(of_size(31623), 2 * 2**30)
+    Exact().check_size(of_size(9459), 2 * 2**30)
     with pytest.raises(StageError):
-        Exact().check_size(9460, 2 * 2**30)
+        Exact().check_size(of_size(9460), 2 * 2**30)
 
 
 def test_exact_refuses_before_anything_is_computed() -> None:
@@ -322,7 +326,7 @@ def test_every_training_sample_is_in_the_part_of_exactly_one_block(count: int, p
     case = make(oracles.mlp)
     curvature = Curvature(case.function, Data(torch.zeros(count)), "ggn", 4, 2**20)
     for solver in (Cg(), Exact()):
-        stage = Prepare(solver, curvature, parts)
+        stage = Prepare(solver, curvature, parts, {})
         assert [i for block in stage.grid for i in stage.part(block)] == list(range(count))
 
 
