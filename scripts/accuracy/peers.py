@@ -98,7 +98,7 @@ CHECKED = 16
 
 def read(file: Path) -> list[Scored]:
     """Read what a child wrote of each setting."""
-    with np.load(file) as found:
+    with np.load(file, allow_pickle=False) as found:
         columns = (found[name] for name in ("setting", "scores", "own", "seconds"))
         return [
             Scored(str(setting), scores, None if np.isnan(own).any() else own, float(seconds))

@@ -58,6 +58,17 @@ def test_digits_logistic(scripts: Path) -> None:
     assert influences.gradient_norm < 1e-5
 
 
+def test_digits_logistic_predicts_what_training_again_gives(scripts: Path) -> None:
+    solver = '[s_test]\nsolver = "exact"\ndamping = 0.0\n'
+    evaluate = "[evaluate]\nsubsets = 8\nseeds = 1\nleave_one_out = 4\n"
+    path = settings_file(scripts, "digits_logistic", solver + evaluate)
+    found = ip.Pipeline.from_toml(path).evaluate()["holdout"]
+    assert found.lds is not None
+    assert found.lds.mean > 0.8
+    assert found.leave_one_out is not None
+    assert found.leave_one_out.pearson > 0.98
+
+
 def test_diabetes(scripts: Path) -> None:
     influences = ip.Pipeline.from_toml(scripts / "diabetes.toml").run()["holdout"]
     assert influences.scores.shape == (100, 342)

@@ -120,7 +120,7 @@ def test_mislabelled(figures: Any, folder: Path) -> None:
     script = figures.mislabelled
     given = quick(script, folder)
     found = script.checked(given)
-    assert found.mended.shape == found.accuracy.shape == (2, 4, 7)
+    assert found.mended.shape == found.accuracy.shape == (1, 4, 7)
     assert (found.mended[:, :, 0] == 0).all()
     assert (np.diff(found.mended, axis=2) >= 0).all()
     assert found.auc[:, 0].min() > 0.8
@@ -139,8 +139,8 @@ def test_mislabelled(figures: Any, folder: Path) -> None:
 def test_removal(figures: Any, folder: Path) -> None:
     """Harm goes first, and with it the wrong labels; without the helpful the model gets worse."""
     found = figures.removal.curves(quick(figures.removal, folder))
-    assert found.without.shape == (2, 3, 8)
-    assert found.alone.shape == (2, 2, 7)
+    assert found.without.shape == (1, 3, 8)
+    assert found.alone.shape == (1, 2, 7)
     whole = found.without[:, :, :1]
     assert (found.without[:, :, 0] == whole[:, 0]).all()
     assert (found.alone[:, :, -1] == whole[:, 0]).all()
