@@ -95,7 +95,7 @@ class Evaluation:
             subsets, seeds = self.subsets
             lines.append(
                 f"  LDS {self.lds.mean:.3f} (95 %: {self.lds.low:.3f} to {self.lds.high:.3f}; "
-                f"{subsets} subsets, {seeds} seeds each; least test {self.lds.by_test.min():.3f})"
+                f"{subsets} subsets, {seeds} seed{'s' * (seeds > 1)} each; least test {self.lds.by_test.min():.3f})"
             )
         if (one := self.leave_one_out) is not None:
             lines.append(
