@@ -30,7 +30,7 @@ from shared import (
     figure,
     in_double,
     logistic,
-    options,
+    make,
     save,
     settings,
 )
@@ -227,10 +227,7 @@ def draw(found: Sequence[Panel], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = options(__file__, __doc__, arguments)
-    found = panels(given)
-    print(table(found))
-    draw(found, given.figure)
+    make(__file__, __doc__, panels, table, draw, arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shared import COLOURS, Objective, Options, command, digits, figure, in_double, logistic, options, save, settings
+from shared import COLOURS, Objective, Options, command, digits, figure, in_double, logistic, make, save, settings
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import TensorDataset
 
@@ -148,10 +148,7 @@ def draw(found: Checked, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = options(__file__, __doc__, arguments)
-    found = checked(given)
-    print(table(found))
-    draw(found, given.figure)
+    make(__file__, __doc__, checked, table, draw, arguments)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from shared import (
     figure,
     in_double,
     logistic,
-    options,
+    make,
     save,
     settings,
 )
@@ -115,10 +115,7 @@ def draw(found: Curves, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = options(__file__, __doc__, arguments)
-    found = curves(given)
-    print(table(found))
-    draw(found, given.figure)
+    make(__file__, __doc__, curves, table, draw, arguments)
 
 
 if __name__ == "__main__":

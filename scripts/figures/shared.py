@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ import influence_pipeline as ip  # noqa: E402
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Found = TypeVar("Found")
+"""What a figure shows."""
 ROUNDS = 20
 """Times at most that an optimum is approached with the curvature of where it has come to."""
 STEPS = 200
@@ -66,6 +68,21 @@ def options(script: str, description: str | None, arguments: Sequence[str] | Non
     folder = given.folder / (f"{name}-quick" if given.quick else name)
     folder.mkdir(parents=True, exist_ok=True)
     return Options(given.quick, folder, (folder if given.quick else HERE) / f"{name}.png")
+
+
+def make(
+    script: str,
+    description: str | None,
+    compute: Callable[[Options], Found],
+    table: Callable[[Found], str],
+    draw: Callable[[Found, Path], None],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Make a figure: compute what its options ask for, print the numbers, draw it."""
+    given = options(script, description, arguments)
+    found = compute(given)
+    print(table(found))
+    draw(found, given.figure)
 
 
 def command(main: Callable[[], None]) -> None:

@@ -29,7 +29,7 @@ from shared import (
     correlation,
     digits,
     figure,
-    options,
+    make,
     save,
     settings,
 )
@@ -166,10 +166,7 @@ def draw(parts: Components, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = options(__file__, __doc__, arguments)
-    parts = components(given)
-    print(table(parts))
-    draw(parts, given.figure)
+    make(__file__, __doc__, components, table, draw, arguments)
 
 
 if __name__ == "__main__":

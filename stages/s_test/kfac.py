@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.curvature import Curvature
-    from stages.fisher import Fisher
     from stages.kronecker import Factored
     from stages.parameters import ModelFunction
+    from stages.second_moments import SecondMoments
 
 
 MEETING = 6
@@ -52,11 +52,11 @@ class EigenbasisSolver(DampedSolver):
         found = {"curvature": self.solver, "fisher": self.fisher}
         return {**found, "seed": self.seed} if self.draws else found
 
-    def of(self, curvature: Curvature) -> Fisher:
+    def of(self, curvature: Curvature) -> SecondMoments:
         """Return the sums over the training set that this solver takes."""
-        from stages.fisher import Fisher
+        from stages.second_moments import SecondMoments
 
-        return Fisher(curvature, self.fisher, self.seed)
+        return SecondMoments(curvature, self.fisher, self.seed)
 
     def check_size(self, function: ModelFunction, memory_bytes: int) -> None:
         """Refuse coordinates without a Kronecker structure, and factors that do not fit.

@@ -1,4 +1,4 @@
-"""Fisher information of a model: second moments of gradients over the training set, in one of two senses.
+"""Second moments of gradients over the training set, the Fisher information of a model in one of two senses.
 
 "sampled": targets are drawn from the model's own distribution, so that the second moments are those of the
 Gauss-Newton matrix in expectation (Martens, 2014); each sample draws from its own stream of random numbers, so that
@@ -49,7 +49,7 @@ class Gradients:
 
 
 @dataclass
-class Fisher:
+class SecondMoments:
     """Sums of second moments over training samples.
 
     Attributes:
