@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -33,7 +34,17 @@ Keep = Annotated[
     typer.Option("--keep-curvature", help="of a training set that got longer, score only the new samples, with old H"),
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="do not ask")]
+TestSet = Annotated[str | None, typer.Option("--tests", help="the test set; default the only one cached")]
+Key = Annotated[str | None, typer.Option(help="which results, where several are cached")]
 New = Annotated[bool, typer.Option("--new", help="start training gradients anew beside others of the same set")]
+
+
+class Format(StrEnum):
+    """What ``export`` writes."""
+
+    JSON = "json"
+    CSV = "csv"
+    NPY = "npy"
 
 
 class Terminated(BaseException):
@@ -71,6 +82,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    run.__doc__ = (command.__doc__ or "").partition("\n\n")[0]  # as --help shows it
     return run
 
 
@@ -199,10 +211,14 @@ def evaluate(
     Raises:
         RequestError: there is a file for the figures of one test set, and there are several.
     """
+    from influence_pipeline.export import check_target
+
     pipeline = ip.Pipeline.from_toml(settings)
     names = tests or list(pipeline.tests)
     if out is not None and len(names) != 1:
         raise ip.RequestError(f"--out is for one test set: choose by --tests; there are {', '.join(names)}")
+    if out is not None:
+        check_target(out)  # before hours of training
     for found in pipeline.evaluate(*names, told=functools.partial(typer.echo, err=True)).values():
         typer.echo(found)
         if out is not None:
@@ -288,15 +304,63 @@ def _remove(cache: Any, paths: Sequence[Path], yes: bool) -> None:
 @_guarded
 def show(
     settings: SettingsFile,
-    tests: Annotated[str | None, typer.Option("--tests", help="the test set; default the only one cached")] = None,
+    tests: TestSet = None,
     test: Annotated[int | None, typer.Option(help="row of one test sample; default the average over all")] = None,
     k: Annotated[int | None, typer.Option("-k", help="how many ids; default 10")] = None,
-    key: Annotated[str | None, typer.Option(help="which results, where several are cached")] = None,
+    key: Key = None,
 ) -> None:
     """Print the most helpful and most harmful training ids; needs neither model nor data.
 
     Raises:
         RequestError: it is not clear of what, or there is no such test sample.
+    """
+    influences = _opened(settings, tests, key)
+    if test is not None and not 0 <= test < len(influences):
+        raise ip.RequestError(f"--test {test}: {influences.tests!r} has {len(influences)} test samples")
+    _table(influences, test, min(10, len(influences.train_ids)) if k is None else k)
+
+
+@app.command()
+@_guarded
+def export(
+    settings: SettingsFile,
+    out: Annotated[Path, typer.Option(help="the file, which appears when all of it is written")],
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="json: all of each test, as pytorch_influence_functions; csv: a line for each rank; npy: all scores",
+        ),
+    ],
+    tests: TestSet = None,
+    k: Annotated[
+        int | None, typer.Option("-k", help="ranks of each test; default all in json, in csv those that were kept")
+    ] = None,
+    key: Key = None,
+) -> None:
+    """Write the scores or rankings of a test set to a file; needs neither model nor data.
+
+    Raises:
+        RequestError: it is not clear of what, or the options do not go together.
+    """
+    if form is Format.NPY and k is not None:
+        raise ip.RequestError(f"-k {k}: npy has all scores; ranks are in --format csv and json")
+    influences = _opened(settings, tests, key)
+    if form is Format.NPY:
+        influences.to_npy(out)
+        what = "float32 scores; rows are in the order of test_ids, columns in that of train_ids"
+    else:
+        (influences.to_json if form is Format.JSON else influences.to_csv)(out, k)
+        what = "their rankings" if form is Format.CSV else "their scores and rankings"
+    sizes = f"{len(influences)} tests × {len(influences.train_ids)} training samples"
+    typer.echo(f"{out}: {sizes}, {what}", err=True)
+
+
+def _opened(settings: Path, tests: str | None, key: str | None) -> ip.Influences:
+    """Open the results of a test set, by default of the only one that is cached.
+
+    Raises:
+        RequestError: it is not clear which.
     """
     from influence_pipeline.cache import Cache
     from influence_pipeline.influences import refuse_damaged
@@ -309,10 +373,7 @@ def show(
         if len(names) != 1:
             raise ip.RequestError(f"--tests is needed; results are cached for: {', '.join(names) or 'nothing'}")
         tests = names[0]
-    influences = ip.Influences.open(folder, tests, key)
-    if test is not None and not 0 <= test < len(influences):
-        raise ip.RequestError(f"--test {test}: {tests!r} has {len(influences)} test samples")
-    _table(influences, test, min(10, len(influences.train_ids)) if k is None else k)
+    return ip.Influences.open(folder, tests, key)
 
 
 def _cache(path: Path) -> Path:
@@ -341,32 +402,49 @@ def _evidence(influences: ip.Influences) -> list[str]:
 
 
 def _table(influences: ip.Influences, test: int | None, k: int) -> None:
-    (helpful, helps), (harmful, harms) = (
-        (influences.helpful_on_average(k), influences.harmful_on_average(k))
-        if test is None
-        else tuple((ids[test], scores[test]) for ids, scores in (influences.helpful(k), influences.harmful(k)))
-    )
+    """Print ids, scores and labels of the most helpful and most harmful samples, side by side."""
     tests, trains = influences.labels()
-    what = "on average over the tests"
-    if test is not None:
-        what = f"for test {influences.test_ids[test]}" + _label(tests, test)
-    typer.echo(f"{'most helpful ' + what:<44}{'most harmful ' + what}")
-    for left, right in zip(zip(helpful, helps, strict=True), zip(harmful, harms, strict=True), strict=True):
-        cells = [
-            f"{i:>8}  {score:+.3e}{_label(trains, int((influences.train_ids == i).argmax()))}"
-            for i, score in (left, right)
-        ]
-        typer.echo(f"{cells[0]:<44}{cells[1]}")
+    if test is None:
+        what = f"on average over the {len(influences)} tests of {influences.tests}"
+        found = {"most helpful": influences.helpful_on_average(k), "most harmful": influences.harmful_on_average(k)}
+    else:
+        own = influences.test_ids[test]
+        what = f"test {test} of {influences.tests}{_label(tests, test)}" + (f"  id {own}" if own != test else "")
+        row = slice(test, test + 1)
+        sides = {"most helpful": influences.of_tests(row, "helpful", k)}
+        sides["most harmful"] = influences.of_tests(row, "harmful", k)
+        found = {title: (ids[0], scores[0]) for title, (ids, scores) in sides.items()}
+    typer.echo(what)
+    blocks = [_ranking(title, influences, trains, *each) for title, each in found.items()]
+    width = max(map(len, blocks[0]))
+    for left, right in zip(*blocks, strict=True):
+        typer.echo(f"  {left:<{width}}    {right}")
+    plus, minus = ("harms", "helps") if influences.higher_is_better else ("helps", "harms")
+    typer.echo(f"score: change of the measurement (a loss, say) when trained without the sample; + {plus}, - {minus}")
     over, count = influences.curvature_samples, len(influences.train_ids)
     if over != count:
         typer.echo(f"H and 1/N are of the first {over} of {count} training samples")
     typer.echo(f"in {influences.path}")
 
 
+def _ranking(title: str, influences: ip.Influences, trains: Any, ids: Any, scores: Any) -> list[str]:
+    """Return the lines of a ranking under its title, in columns."""
+    labels = ["" if trains is None else _shown(trains[(influences.train_ids == i).argmax()]) for i in ids]
+    columns = [["id", *map(str, ids)], ["score", *(f"{score:+.3e}" for score in scores)]]
+    if any(labels):
+        columns.append(["label", *labels])
+    widths = [max(map(len, column)) for column in columns]
+    rows = zip(*columns, strict=True)
+    return [title, *("  ".join(f"{cell:>{n}}" for cell, n in zip(row, widths, strict=True)) for row in rows)]
+
+
 def _label(labels: Any, row: int) -> str:
-    if labels is None or labels[row] != labels[row]:
-        return ""
-    return f"  label {labels[row]:g}"
+    shown = "" if labels is None else _shown(labels[row])
+    return f"  label {shown}" if shown else ""
+
+
+def _shown(label: float) -> str:
+    return "" if label != label else f"{label:.10g}"
 
 
 def main() -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from influence_pipeline import export
 from influence_pipeline.by_parameter import columns_by_parameter, grouped, products
 from influence_pipeline.cache import Cache, Group, group_name, told_apart
 from influence_pipeline.cache.record import digest
-from influence_pipeline.errors import CacheDamaged, MissingStage, RequestError, WorkError
+from influence_pipeline.errors import CacheDamaged, MissingStage, RequestError
 from influence_pipeline.relative import KINDS, Relative, Scaled, inverse, ranked, read_rows, row_norms
 from stages.influence.ranking import bottom_k, top_k
 from stages.stage import Array, Block, Grid
@@ -22,6 +21,10 @@ from stages.stage import Array, Block, Grid
 if TYPE_CHECKING:
     import xarray
     from torch.utils.data import Dataset, Subset
+
+Side = Literal["helpful", "harmful"]
+Which = Literal["influential", "helpful", "harmful", "not-harmful"]
+NOT_STORED = "scores were not stored (influence.store_scores = false): only rankings are there"
 
 
 class Influences:
@@ -106,8 +109,8 @@ class Influences:
         Raises:
             RequestError: scores were not stored.
         """
-        if "scores" not in self._group:
-            raise RequestError("scores were not stored (influence.store_scores = false): only rankings are there")
+        if not self.has_scores:
+            raise RequestError(NOT_STORED)
         return self._group.zarr_array("scores")
 
     @property
@@ -197,7 +200,7 @@ class Influences:
         Raises:
             RequestError: k is more than there are, or more than were kept.
         """
-        return self._ranked("harmful" if self.higher_is_better else "helpful", k, relative)
+        return self._ranked("helpful", k, relative)
 
     def harmful(self, k: int = 10, relative: Relative | None = None) -> tuple[Array, Array]:
         """Return ids (T, k) int64 and scores (T, k) float32, most harmful first; equal scores by ascending id.
@@ -209,7 +212,42 @@ class Influences:
         Raises:
             RequestError: k is more than there are, or more than were kept.
         """
-        return self._ranked("helpful" if self.higher_is_better else "harmful", k, relative)
+        return self._ranked("harmful", k, relative)
+
+    def of_tests(self, rows: slice, side: Side, k: int = 10) -> tuple[Array, Array]:
+        """Return ids and scores of some test samples, (t, k), as :meth:`helpful` or :meth:`harmful` has them.
+
+        Args:
+            rows: of test samples, one after the other. Beyond the ranks that were kept, their scores are read whole.
+            side: "helpful" or "harmful".
+            k: ranks.
+
+        Raises:
+            RequestError: k is more than there are, or more than were kept.
+        """
+        if side not in get_args(Side):
+            raise RequestError(f"side = {side!r}: must be one of {', '.join(map(repr, get_args(Side)))}")
+        return self._ranked(side, k, None, rows)
+
+    @property
+    def most_ranks(self) -> int:
+        """How many ranks each test sample has without its scores being read: those that were kept."""
+        return int(self._group.array("helpful_ids").shape[1])
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether scores were stored."""
+        return "scores" in self._group
+
+    def score_rows(self, rows: slice) -> Array:
+        """Return the scores of some test samples, one after the other, (t, N) float32, checked as they are read.
+
+        Raises:
+            RequestError: scores were not stored.
+        """
+        if not self.has_scores:
+            raise RequestError(NOT_STORED)
+        return self._group.array("scores")[rows]
 
     def mean_scores(self) -> Array:
         """Return the scores averaged over the tests, (N,) float32."""
@@ -232,25 +270,38 @@ class Influences:
         """
         return self._on_average(top_k if self.higher_is_better else bottom_k, k)
 
-    def subset(self, train: Dataset[Any], k: int = 1000) -> Subset[Any]:
-        """Return the k training samples with the largest mean influence, of either sign, for retraining.
+    def subset(self, train: Dataset[Any], k: int = 1000, which: Which = "influential") -> Subset[Any]:
+        """Return some training samples by their mean influence over the tests, to train on; a DataLoader takes them.
 
         Args:
             train: the training set that the influences are of.
             k: how many.
+            which: "influential", the k with the largest influence of either sign; "helpful" or "harmful", the k that
+                are most so, as :meth:`helpful_on_average` has them; "not-harmful", all but the k most harmful ones, in
+                the order of the training set.
 
         Raises:
-            RequestError: k is more than there are, or ``train`` has another length.
+            RequestError: k is more than there are, nothing would be left, or ``train`` has another length.
         """
         from torch.utils.data import Subset
 
         from influence_pipeline.samples import check_dataset
 
+        if which not in get_args(Which):
+            raise RequestError(f"which = {which!r}: must be one of {', '.join(map(repr, get_args(Which)))}")
         self._check_k(k)
         count = check_dataset(train, "train")
         if count != len(self.train_ids):
             raise RequestError(f"train has {count} samples, the influences are of {len(self.train_ids)}")
-        positions = top_k(np.abs(self.mean_scores())[None], np.arange(len(self.train_ids)), k)[0][0]
+        if which == "not-harmful" and k == count:
+            raise RequestError(f"k = {k}: without all {count} training samples nothing is left to train on")
+        if which == "influential":
+            ids = top_k(np.abs(self.mean_scores())[None], self.train_ids, k)[0][0]
+        else:
+            ids, _ = self.helpful_on_average(k) if which == "helpful" else self.harmful_on_average(k)
+        positions = _positions(self.train_ids, ids, "training")
+        if which == "not-harmful":
+            positions = np.delete(np.arange(count), positions)
         return Subset(train, positions.tolist())
 
     def to_json(self, path: Path | str, k: int | None = None) -> None:
@@ -261,34 +312,43 @@ class Influences:
         ``harmful`` and ``helpful`` (all ids where scores are stored, else those that were kept).
 
         Args:
-            path: the file.
+            path: the file, which appears when all of it is written.
             k: ranks at most.
 
         Raises:
-            RequestError: k is more than there are.
+            RequestError: k is more than there are, or the path is none of a file in a folder.
             WorkError: the file cannot be written.
         """
         if k is not None:
             self._check_k(k)
-        stored = "scores" in self._group
-        kept = self._group.array("helpful_ids").shape[1]
-        ranks = k if k is not None else len(self.train_ids) if stored else kept
-        try:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write("{")
-                for row, test in enumerate(self.test_ids.tolist()):
-                    entry = {
-                        "label": self._label(row),
-                        "num_in_dataset": row,
-                        "time_calc_influence_s": self.seconds / len(self.test_ids),
-                        "influence": self._group.array("scores")[row].tolist() if stored else [],
-                        "harmful": self._ranked_ids("harmful", row, ranks),
-                        "helpful": self._ranked_ids("helpful", row, ranks),
-                    }
-                    file.write(f"{',' if row else ''}\n{json.dumps(str(test))}: {json.dumps(entry)}")
-                file.write("\n}\n")
-        except (OSError, ValueError) as error:
-            raise WorkError(f"{path} cannot be written: {error}") from error
+        export.to_json(self, path, k)
+
+    def to_csv(self, path: Path | str, k: int | None = None) -> None:
+        """Write a table of the rankings, a line for each rank: test_id, rank, kind (helpful, harmful), train_id, score.
+
+        Args:
+            path: the file, which appears when all of it is written.
+            k: ranks of each kind for each test sample; by default those that were kept ([influence] top_k).
+
+        Raises:
+            RequestError: k is more than there are or were kept, or the path is none of a file in a folder.
+            WorkError: the file cannot be written.
+        """
+        if k is not None:
+            self._check_k(k)
+        export.to_csv(self, path, k)
+
+    def to_npy(self, path: Path | str) -> None:
+        """Write all scores as a NumPy array (T, N) float32: rows as in ``test_ids``, columns as in ``train_ids``.
+
+        Args:
+            path: the file, which appears when all of it is written.
+
+        Raises:
+            RequestError: scores were not stored, or the path is none of a file in a folder.
+            WorkError: the file cannot be written.
+        """
+        export.to_npy(self, path)
 
     def to_xarray(self) -> xarray.DataArray:
         """Return the scores with dims test and train, and their ids as coordinates, read into memory.
@@ -331,18 +391,26 @@ class Influences:
 
     # ---- rankings ------------------------------------------------------------------------------------------------
 
-    def _ranked(self, side: str, k: int, relative: Relative | None) -> tuple[Array, Array]:
+    def _ranked(self, side: Side, k: int, relative: Relative | None, rows: slice = slice(None)) -> tuple[Array, Array]:
+        """Return ids and scores of some test samples; of all where they are relative.
+
+        Raises:
+            RequestError: k is more than there are, or more than were kept.
+        """
         self._check_k(k)
-        kept = self._group.array(f"{side}_ids")
-        if relative is None and k <= kept.shape[1]:
-            return kept[:, :k], self._group.array(f"{side}_scores")[:, :k]
-        if relative is None and "scores" not in self._group:
+        best = (side == "helpful") != self.higher_is_better
+        end = "helpful" if best else "harmful"
+        if relative is None and k <= self.most_ranks:
+            return self._group.array(f"{end}_ids")[rows, :k], self._group.array(f"{end}_scores")[rows, :k]
+        if relative is None and not self.has_scores:
             raise RequestError(
-                f"k = {k}, and {kept.shape[1]} ranks were kept: run with a larger influence.top_k, "
+                f"k = {k}, and {self.most_ranks} ranks were kept: run with a larger influence.top_k, "
                 "or with influence.store_scores = true"
             )
+        pick = top_k if best else bottom_k
+        if rows != slice(None):
+            return pick(self.score_rows(rows), self.train_ids, k)
         scores = self._group.array("scores") if relative is None else self._relative(relative)
-        pick = top_k if side == "helpful" else bottom_k
         return ranked(scores, self.train_ids, k, pick, self._tile)
 
     @property
@@ -350,17 +418,6 @@ class Influences:
         """How many rows and columns of the scores are best read at once."""
         tests, samples = self._group.zarr_array("scores").chunks
         return tests, samples
-
-    def _ranked_ids(self, side: str, row: int, k: int) -> list[int]:
-        if self.higher_is_better:
-            side = "harmful" if side == "helpful" else "helpful"
-        kept = self._group.array(f"{side}_ids")
-        if k <= kept.shape[1] or "scores" not in self._group:
-            found: list[int] = kept[row, :k].tolist()
-            return found
-        pick = top_k if side == "helpful" else bottom_k
-        ranked: list[int] = pick(self._group.array("scores")[row : row + 1], self.train_ids, k)[0][0].tolist()
-        return ranked
 
     def _on_average(self, pick: Any, k: int) -> tuple[Array, Array]:
         self._check_k(k)
@@ -376,7 +433,7 @@ class Influences:
         """
         if relative not in KINDS:
             raise RequestError(f"relative = {relative!r}: must be one of {', '.join(map(repr, KINDS))}")
-        if "scores" not in self._group:
+        if not self.has_scores:
             raise RequestError(
                 "relative scores are made of the stored ones, and these were not (influence.store_scores = false): "
                 "run with store_scores = true"
@@ -461,14 +518,6 @@ class Influences:
 
     def _check_k(self, k: Any) -> None:
         check_k(k, len(self.train_ids))
-
-    def _label(self, row: int) -> int | float | None:
-        if self._solved is None:
-            return None
-        label = float(self._solved.array("label")[row])
-        if math.isnan(label):
-            return None
-        return int(label) if label.is_integer() else label
 
 
 def check_k(k: Any, count: int) -> None:

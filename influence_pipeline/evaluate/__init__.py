@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from influence_pipeline.errors import RequestError, WorkError
+from influence_pipeline.errors import RequestError
 from influence_pipeline.evaluate.left_out import NOTHING, LeftOut, RandomSamples, RandomSubsets, listed
 from influence_pipeline.evaluate.metrics import (
     CHECKED,
@@ -25,6 +25,7 @@ from influence_pipeline.evaluate.metrics import (
     leave_one_out,
 )
 from influence_pipeline.evaluate.truth import Measured, Truth
+from influence_pipeline.export import written
 from influence_pipeline.plan import show_seconds
 
 if TYPE_CHECKING:
@@ -117,12 +118,11 @@ class Evaluation:
         """Write all figures, with those of each test sample and each pair.
 
         Raises:
+            RequestError: the path is none of a file in a folder.
             WorkError: the file cannot be written.
         """
-        try:
-            Path(path).write_text(json.dumps(_plain(self), indent=1), encoding="utf-8")
-        except OSError as error:
-            raise WorkError(f"{path} cannot be written: {error}") from error
+        with written(path) as file:
+            file.write(json.dumps(_plain(self), indent=1).encode())
 
 
 def _plain(value: Any) -> Any:

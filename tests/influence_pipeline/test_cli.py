@@ -47,7 +47,7 @@ def test_a_run_shows_ids_and_scores_and_where_they_are(invoke: Invoke, project: 
     assert result.exit_code == 0, result.output
     assert "holdout: 10 tests × 60 training samples" in result.stdout
     ids, scores = tiny_influences(project).helpful_on_average(1)
-    assert re.search(rf"^ +{ids[0]}  {re.escape(f'{scores[0]:+.3e}')}  label \d", result.stdout, re.MULTILINE)
+    assert re.search(rf"^ +{ids[0]}  {re.escape(f'{scores[0]:+.3e}')} +\d ", result.stdout, re.MULTILINE)
     assert f"in {project.parent / 'runs' / 'influence'}/holdout-" in result.stdout
 
 
@@ -117,11 +117,11 @@ def test_show_prints_one_test_or_the_average_without_model_or_data(invoke: Invok
     invoke("run", project)
     (project.parent / "experiment.py").unlink()
     average = invoke("show", project)
-    assert "most helpful on average over the tests" in average.stdout
+    assert average.stdout.startswith("on average over the 10 tests of holdout\n")
     one = invoke("show", project, "--test", 3, "-k", 2)
     ids, _ = tiny_influences(project).helpful(2)
-    assert [int(line.split()[0]) for line in one.stdout.splitlines()[1:3]] == ids[3].tolist()
-    assert "for test 3  label" in one.stdout
+    assert [int(line.split()[0]) for line in one.stdout.splitlines()[3:5]] == ids[3].tolist()
+    assert re.match(r"test 3 of holdout  label \d\n", one.stdout)
     refused(invoke("show", project, "--test", 10), "--test 10", "10 test samples")
     refused(invoke("show", project, "-k", 61), "k = 61", "60 training samples")
     refused(invoke("show", project, "-k", 0), "k = 0")
@@ -265,9 +265,12 @@ def test_what_needs_neither_model_nor_data_needs_no_pytorch(invoke: Invoke, proj
     assert invoke("run", project).exit_code == 0
     key = next((project.parent / "runs").glob("influence/*/scores")).parent.name
     words = [["--help"], ["status", str(project)], ["show", str(project)], ["rm", str(project), key, "--yes"]]
+    for form in ("csv", "json", "npy"):
+        words.insert(3, ["export", str(project), "--format", form, "--out", str(project.with_name(f"out.{form}"))])
     command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(words)]
     done = subprocess.run(command, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    for said in ("Training data attribution", "4 sets of arrays", "most helpful on average", f"influence/{key}"):
+    for said in ("Training data attribution", "4 sets of arrays", "on average over the 10 tests", f"influence/{key}"):
         assert said in done.stdout
+    assert all(project.with_name(f"out.{form}").stat().st_size for form in ("csv", "json", "npy"))
     assert not list((project.parent / "runs").glob("influence/holdout-*"))
