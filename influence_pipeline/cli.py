@@ -411,8 +411,8 @@ def _table(influences: ip.Influences, test: int | None, k: int) -> None:
         own = influences.test_ids[test]
         what = f"test {test} of {influences.tests}{_label(tests, test)}" + (f"  id {own}" if own != test else "")
         row = slice(test, test + 1)
-        sides = {"most helpful": influences.of_tests(row, "helpful", k)}
-        sides["most harmful"] = influences.of_tests(row, "harmful", k)
+        sides = {"most helpful": influences.rankings(row, "helpful", k)}
+        sides["most harmful"] = influences.rankings(row, "harmful", k)
         found = {title: (ids[0], scores[0]) for title, (ids, scores) in sides.items()}
     typer.echo(what)
     blocks = [_ranking(title, influences, trains, *each) for title, each in found.items()]

@@ -21,9 +21,9 @@ from influence_pipeline.errors import RequestError, WorkError
 if TYPE_CHECKING:
     from influence_pipeline.influences import Influences
 
-ENTRIES = 2**24
-"""Scores that are read at once, 64 MiB, or a row of them."""
-AS_OBJECTS = 2**20
+MOST_BYTES = 2**26
+"""Of scores that are read at once, or a row of them."""
+AS_OBJECTS = 2**22
 """Likewise where each becomes a Python number."""
 
 
@@ -34,16 +34,17 @@ def to_json(influences: Influences, path: Path | str, k: int | None = None) -> N
         RequestError: k is more than there are, or the path is none of a file in a folder.
         WorkError: the file cannot be written.
     """
-    stored = influences.has_scores
-    ranks = min(k or len(influences.train_ids), len(influences.train_ids) if stored else influences.most_ranks)
+    stored = influences.stored
+    ranks = min(k or len(influences.train_ids), len(influences.train_ids) if stored else influences.ranks)
     labels, _ = influences.labels()
     row, seconds = 0, influences.seconds / len(influences)
+    parts = influences.score_rows(AS_OBJECTS) if stored else ((rows, None) for rows in _bands(influences, AS_OBJECTS))
     with written(path) as file:
         file.write(b"{")
-        for rows in _bands(influences, AS_OBJECTS):
-            scores = influences.score_rows(rows).tolist() if stored else [[]] * (rows.stop - rows.start)
-            harmful, _ = influences.of_tests(rows, "harmful", ranks)
-            helpful, _ = influences.of_tests(rows, "helpful", ranks)
+        for rows, part in parts:
+            scores = [[]] * (rows.stop - rows.start) if part is None else part.tolist()
+            harmful, _ = influences.rankings(rows, "harmful", ranks)
+            helpful, _ = influences.rankings(rows, "helpful", ranks)
             columns = (influences.test_ids[rows].tolist(), scores, harmful.tolist(), helpful.tolist())
             for test, *found in zip(*columns, strict=True):
                 entry = {
@@ -64,12 +65,12 @@ def to_csv(influences: Influences, path: Path | str, k: int | None = None) -> No
         RequestError: k is more than there are or were kept, or the path is none of a file in a folder.
         WorkError: the file cannot be written.
     """
-    ranks = influences.most_ranks if k is None else k
+    ranks = influences.ranks if k is None else k
     with written(path) as file:
         file.write(b"test_id,rank,kind,train_id,score\n")
-        for rows in _bands(influences, ENTRIES):
-            found = {"helpful": influences.of_tests(rows, "helpful", ranks)}
-            found["harmful"] = influences.of_tests(rows, "harmful", ranks)
+        for rows in _bands(influences, MOST_BYTES):
+            found = {"helpful": influences.rankings(rows, "helpful", ranks)}
+            found["harmful"] = influences.rankings(rows, "harmful", ranks)
             for row, test in enumerate(influences.test_ids[rows].tolist()):
                 for side, (ids, scores) in found.items():
                     cells = zip(ids[row].tolist(), scores[row].astype(str).tolist(), strict=True)
@@ -84,17 +85,16 @@ def to_npy(influences: Influences, path: Path | str) -> None:
         RequestError: scores were not stored, or the path is none of a file in a folder.
         WorkError: the file cannot be written.
     """
-    shape = (len(influences), len(influences.train_ids))
-    influences.score_rows(slice(0, 1))  # where there are none, nothing is begun
+    descr = {"descr": "<f4", "fortran_order": False, "shape": influences.scores.shape}
     with written(path) as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        for rows in _bands(influences, ENTRIES):
-            file.write(influences.score_rows(rows).astype("<f4", order="C", copy=False).tobytes())
+        np.lib.format.write_array_header_1_0(file, descr)
+        for _, scores in influences.score_rows(MOST_BYTES):
+            file.write(scores.astype("<f4", order="C", copy=False).tobytes())
 
 
-def _bands(influences: Influences, entries: int) -> Iterator[slice]:
-    """Yield the rows of test samples that are read at once."""
-    step = max(1, entries // len(influences.train_ids))
+def _bands(influences: Influences, most_bytes: int) -> Iterator[slice]:
+    """Yield the rows of test samples whose scores are so many bytes, or a row."""
+    step = max(1, most_bytes // (4 * len(influences.train_ids)))
     return (slice(start, min(start + step, len(influences))) for start in range(0, len(influences), step))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -109,9 +109,30 @@ class Influences:
         Raises:
             RequestError: scores were not stored.
         """
-        if not self.has_scores:
-            raise RequestError(NOT_STORED)
+        if "scores" not in self._group:
+            raise RequestError("scores were not stored (influence.store_scores = false): only rankings are there")
         return self._group.zarr_array("scores")
+
+    @property
+    def stored(self) -> bool:
+        """Whether all scores are there, not only rankings."""
+        return "scores" in self._group
+
+    @property
+    def ranks(self) -> int:
+        """How many helpful and harmful samples of each test were kept in their order (influence.top_k)."""
+        return int(self._group.array("helpful_ids").shape[1])
+
+    def score_rows(self, most_bytes: int = 2**26) -> Iterator[tuple[slice, Array]]:
+        """Yield all stored scores, some rows at a time: which, and their values (t, N) float32.
+
+        Args:
+            most_bytes: of the values that are read at once; a row at least.
+        """
+        scores, rows = self._group.array("scores"), max(1, most_bytes // (4 * len(self.train_ids)))
+        for start in range(0, len(self), rows):
+            part = slice(start, min(start + rows, len(self)))
+            yield part, scores[part, :]
 
     @property
     def residual(self) -> Array | None:
@@ -214,7 +235,7 @@ class Influences:
         """
         return self._ranked("harmful", k, relative)
 
-    def of_tests(self, rows: slice, side: Side, k: int = 10) -> tuple[Array, Array]:
+    def rankings(self, rows: slice, side: Side, k: int = 10) -> tuple[Array, Array]:
         """Return ids and scores of some test samples, (t, k), as :meth:`helpful` or :meth:`harmful` has them.
 
         Args:
@@ -229,25 +250,28 @@ class Influences:
             raise RequestError(f"side = {side!r}: must be one of {', '.join(map(repr, get_args(Side)))}")
         return self._ranked(side, k, None, rows)
 
-    @property
-    def most_ranks(self) -> int:
-        """How many ranks each test sample has without its scores being read: those that were kept."""
-        return int(self._group.array("helpful_ids").shape[1])
-
-    @property
-    def has_scores(self) -> bool:
-        """Whether scores were stored."""
-        return "scores" in self._group
-
-    def score_rows(self, rows: slice) -> Array:
-        """Return the scores of some test samples, one after the other, (t, N) float32, checked as they are read.
+    def scores_of(self, row: int) -> Array:
+        """Return all scores of one test sample, by its row, (N,) float32.
 
         Raises:
-            RequestError: scores were not stored.
+            RequestError: there is no such row, or scores were not stored.
         """
-        if not self.has_scores:
+        self.check_row(row)
+        if not self.stored:
             raise RequestError(NOT_STORED)
-        return self._group.array("scores")[rows]
+        return self._group.array("scores")[row]
+
+    def check_row(self, row: Any) -> None:
+        """Refuse a row of no test sample.
+
+        Raises:
+            RequestError: it is one.
+        """
+        whole = isinstance(row, (int, np.integer)) and not isinstance(row, bool)
+        if not whole or not 0 <= row < len(self):
+            raise RequestError(
+                f"test = {row!r}: {self.tests!r} has {len(self)} test samples; their rows begin at 0"
+            )
 
     def mean_scores(self) -> Array:
         """Return the scores averaged over the tests, (N,) float32."""
@@ -400,16 +424,16 @@ class Influences:
         self._check_k(k)
         best = (side == "helpful") != self.higher_is_better
         end = "helpful" if best else "harmful"
-        if relative is None and k <= self.most_ranks:
+        if relative is None and k <= self.ranks:
             return self._group.array(f"{end}_ids")[rows, :k], self._group.array(f"{end}_scores")[rows, :k]
-        if relative is None and not self.has_scores:
+        if relative is None and not self.stored:
             raise RequestError(
-                f"k = {k}, and {self.most_ranks} ranks were kept: run with a larger influence.top_k, "
+                f"k = {k}, and {self.ranks} ranks were kept: run with a larger influence.top_k, "
                 "or with influence.store_scores = true"
             )
         pick = top_k if best else bottom_k
         if rows != slice(None):
-            return pick(self.score_rows(rows), self.train_ids, k)
+            return pick(self._group.array("scores")[rows], self.train_ids, k)
         scores = self._group.array("scores") if relative is None else self._relative(relative)
         return ranked(scores, self.train_ids, k, pick, self._tile)
 
@@ -433,7 +457,7 @@ class Influences:
         """
         if relative not in KINDS:
             raise RequestError(f"relative = {relative!r}: must be one of {', '.join(map(repr, KINDS))}")
-        if not self.has_scores:
+        if not self.stored:
             raise RequestError(
                 "relative scores are made of the stored ones, and these were not (influence.store_scores = false): "
                 "run with store_scores = true"

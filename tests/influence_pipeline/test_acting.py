@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,15 @@ def test_subsets_that_cannot_be_are_refused(influences: ip.Influences) -> None:
 def test_rankings_of_some_tests_are_those_of_all(influences: ip.Influences, k: int) -> None:
     for side, (ids, scores) in (("helpful", influences.helpful(k)), ("harmful", influences.harmful(k))):
         for rows in (slice(0, 1), slice(3, 8), slice(9, 10)):
-            found = influences.of_tests(rows, side, k)
+            found = influences.rankings(rows, side, k)
             np.testing.assert_array_equal(found[0], ids[rows])
             np.testing.assert_array_equal(found[1], scores[rows])
-    np.testing.assert_array_equal(influences.score_rows(slice(2, 5)), influences.scores[2:5])
+    np.testing.assert_array_equal(influences.scores_of(4), influences.scores[4])
     with pytest.raises(ip.RequestError, match="side = 'best'"):
-        influences.of_tests(slice(0, 1), "best", k)  # type: ignore[arg-type]
+        influences.rankings(slice(0, 1), "best", k)  # type: ignore[arg-type]
+    for row in (-1, T, True, 1.0, None):
+        with pytest.raises(ip.RequestError, match=rf"test = {row}: 'holdout' has 10 test samples"):
+            influences.scores_of(row)  # type: ignore[arg-type]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def test_files_are_the_same_however_much_is_read_at_once(
         return tiny.files(tmp_path / folder)
 
     whole = write("whole")
-    monkeypatch.setattr(export, "ENTRIES", 4 * N)
+    monkeypatch.setattr(export, "MOST_BYTES", 16 * N)
     monkeypatch.setattr(export, "AS_OBJECTS", 1)
     assert write("pieces") == whole
     assert len(whole) == 3
@@ -208,16 +212,20 @@ def test_a_file_is_whole_or_as_it_was(
 ) -> None:
     path = tmp_path / "out"
     path.write_text("before")
-    monkeypatch.setattr(export, "ENTRIES", 4 * N)
-    monkeypatch.setattr(export, "AS_OBJECTS", 4 * N)
-    name = "score_rows" if writer == "to_npy" else "of_tests"
+    monkeypatch.setattr(export, "MOST_BYTES", 16 * N)
+    monkeypatch.setattr(export, "AS_OBJECTS", 16 * N)
+    name = "score_rows" if writer == "to_npy" else "rankings"
     read = getattr(ip.Influences, name)
 
-    def stopping(self: ip.Influences, rows: slice, *words: Any) -> Any:
-        if rows.start == 4:
-            assert list(tmp_path.glob(".*.partial"))
-            raise stop
-        return read(self, rows, *words)
+    def stopping(self: ip.Influences, *words: Any) -> Any:
+        if name == "score_rows":
+            return itertools.chain([next(read(self, *words))], stopped())
+        return next(stopped()) if words[0].start == 4 else read(self, *words)
+
+    def stopped() -> Iterator[Any]:
+        assert list(tmp_path.glob(".*.partial"))
+        raise stop
+        yield
 
     with monkeypatch.context() as patch:
         patch.setattr(ip.Influences, name, stopping)
