@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from influence_pipeline import newton, of_gradients, plan, self_influence_work
+from influence_pipeline import curvature_work, newton, plan, self_influence_work
 from influence_pipeline.cache import Cache, Group, group_name
 from influence_pipeline.cache.encoding import round_trip
-from influence_pipeline.cache.record import NOTHING, digest
+from influence_pipeline.cache.record import digest
 from influence_pipeline.context import Context, check_fixed, sentinels
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
 from influence_pipeline.evaluate.truth import measured_work, retrained_work
@@ -30,9 +29,8 @@ from stages.grad_z.choose import choosing_bytes
 from stages.grad_z.fidelity import probe_bytes, probes_within
 from stages.influence import AT_ONCE, Influence
 from stages.s_test import STest
-from stages.s_test.fisher import Fisher
+from stages.s_test.preparation import Preparation
 from stages.s_test.prepare import Prepare, probe_losses, probes
-from stages.s_test.prepare_fisher import OfGradients
 from stages.s_test.solver import Solver
 from stages.stage import Array, ArrayLike, Block, StageError
 
@@ -263,18 +261,18 @@ class Works:
 
     def curvature_places(self) -> list[Place]:
         """Return where the solver's preparation is, after what that reads; none where it prepares nothing."""
-        return [place for solver in self.settings.s_test.chain() if (place := self._curvature_of(solver))]
+        return [place for solver in self.settings.s_test.chain() if (place := self.curvature_of(solver))]
 
     def curvature_place(self) -> Place | None:
         """Return where the solver's preparation is, None where it prepares nothing."""
-        return self._curvature_of(self.settings.s_test)
+        return self.curvature_of(self.settings.s_test)
 
-    def _curvature_of(self, solver: Solver) -> Place | None:
+    def curvature_of(self, solver: Solver) -> Place | None:
         """Return where the preparation of a solver is, the settings' own or one before that."""
         identity, first = self.context.curvature_identity(solver), solver.first()
         if identity is None:
             return None
-        before = self._curvature_of(first) if first else None
+        before = self.curvature_of(first) if first else None
         reads = {"curvature": before.name} if before else {}
         return Place("curvature", group_name(None, identity), identity, reads=reads | self._reads_gradients())
 
@@ -356,7 +354,7 @@ class Works:
             if place.stage == "grad_z":
                 return self._grad_z()
             if place.stage == "curvature":
-                return self._curvature(self._solver_of(place))
+                return curvature_work.work(self, self._solver_of(place))
             if place.stage == "newton":
                 return newton.work(self, place)
             if place.left_out is not None:
@@ -445,50 +443,17 @@ class Works:
 
     def _solver_of(self, place: Place) -> Solver:
         """Return the solver whose preparation is at a place."""
-        return next(s for s in self.settings.s_test.chain() if self._curvature_of(s) == place)
+        return next(s for s in self.settings.s_test.chain() if self.curvature_of(s) == place)
 
-    def _curvature(self, solver: Solver) -> Work:
-        context, count, first = self.context, self.curvature_samples, solver.first()
-        if isinstance(solver, Fisher):
-            return self._of_gradients(solver, count)
-        self.settings.s_test.check_size(context.function, context.memory)
-        before, basis = self.prepared(first) if first else ({}, NOTHING)
-        stage = Prepare(solver, context.curvature(count), self._parts(solver), before)
-        return Work(
-            stage,
-            "curvature",
-            unit="parts",
-            whole=(context.train, count),
-            inputs=lambda block: basis,
-            before=self.check_code,
-            holds=context.train,
-            computing=context.evaluating,
-            memory=lambda: self.memory(lambda memory: stage.held_bytes, [stage.curvature.kind], None),
-            passes=solver.summed(context.function),
-        )
-
-    def _of_gradients(self, solver: Fisher, count: int) -> Work:
-        """Return the work of what a solver prepares of the cached gradients."""
-        self.read_by_s_test()
-        rows, of_band, _ = self.gradients(self.grad_z_place())
-        place = self.curvature_place()
-        group = None if place is None else self.find(place)
-        bands = {} if group is None else group.attributes["bands"]
-        block_rows = self._grad_z_stage().grid.axes[0].band
-        gradients = of_gradients.read(solver, self.context, rows, block_rows, count)
-        # A last block that is not full changes where the training set grows; its samples are compared all the same.
-        contents = of_band(slice(0, count - count % block_rows))
-        return of_gradients.prepared(solver, self.context, gradients, contents, bands)
+    @property
+    def gradient_rows(self) -> int:
+        """Training samples whose gradients are in one block."""
+        return self._grad_z_stage().grid.axes[0].band
 
     @functools.cache  # noqa: B019 - one for each pipeline
-    def _parts(self, solver: Solver) -> int:
-        """Into how many parts a solver's preparation cuts the training set: as in its group, if that is of as many."""
-        place, count = self._curvature_of(solver), self.curvature_samples
-        group = None if place is None else self.find(place)
-        if group is not None and (count,) in {spec.shape[:1] for spec in group.layout.merged if spec.name == DIGESTS}:
-            return group.layout.grid.axes[0].length
-        sums = solver.sum_shapes(self.context.function)
-        return plan.parts(count, sum(map(math.prod, sums.values())))
+    def parts(self, solver: Solver, length: int, summed: int) -> int:
+        """Into how many parts a solver's preparation cuts what it sums over: as in its group, if that fits."""
+        return curvature_work.parts_there(self, solver) or plan.parts(length, summed)
 
     def _s_test(self, tests: str, stand_in: dict[str, ArrayLike] | None = None) -> Work:
         context, solver = self.context, self.settings.s_test
@@ -529,17 +494,17 @@ class Works:
 
     def prepared(self, solver: Solver) -> tuple[dict[str, ArrayLike], bytes]:
         """Return what a solver prepared, with what was prepared before that, and a digest of what it is of."""
-        place, first = self._curvature_of(solver), solver.first()
+        place, first = self.curvature_of(solver), solver.first()
         group = None if place is None else self.find(place)
         if group is None:
             return {}, digest([])
-        work, names = self._curvature(solver), solver.summary_names()
+        work = curvature_work.work(self, solver)
+        stage = work.stage
+        assert isinstance(stage, Preparation)
+        if solver.of_gradients and not group.fits(work.layout):
+            return {}, digest([])  # of fewer samples, whose other side was the smaller one perhaps
         there: dict[str, ArrayLike] = self.prepared(first)[0] if first else {}
-        if isinstance(work.stage, OfGradients):
-            if not group.fits(work.layout):  # of fewer samples, whose other side was the smaller one perhaps
-                return {}, digest([])
-            names, there["gradients"] = work.stage.summary, work.stage.gradients
-        there |= {name: group.array(name) for name in names}
+        there |= {**stage.read, **{name: group.array(name) for name in stage.needed}}
         return there, group.contents(work.stage.grid, lambda block: work.valid(group, block))
 
     def complete(self, *places: Place | None) -> bool:
@@ -553,7 +518,7 @@ class Works:
         That is for measuring how long it takes. None where no part is there, or what is there is no such mean.
         """
         place, solver = self.curvature_place(), self.settings.s_test
-        group, work = None if place is None else self.find(place), self._curvature(solver)
+        group, work = None if place is None else self.find(place), curvature_work.work(self, solver)
         if not isinstance(work.stage, Prepare):
             return None
         there = [] if group is None else [block for block in work.stage.grid if work.valid(group, block)]
@@ -566,7 +531,7 @@ class Works:
         parts = {name: np.broadcast_to(mean, (len(work.stage.grid), *mean.shape)) for name, mean in means.items()}
         with self.context.evaluating():
             found = work.stage.finish(parts)
-        return self._s_test(tests, {**work.stage.prepared, **{name: found[name] for name in solver.summary_names()}})
+        return self._s_test(tests, {**work.stage.prepared, **{name: found[name] for name in work.stage.needed}})
 
     def influence_by_rows(self, place: Place, beside: Sequence[Place]) -> Work | None:
         """Return work like scoring, of random solutions and those first gradients that are there.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -22,6 +22,11 @@ class Exact(CurvatureSolver):
     """Cholesky factorisation of the dense (D, D) matrix H + λI, in double precision."""
 
     state_vectors: ClassVar[int] = 11  # in double precision all but the first
+    about: ClassVar[Mapping[str, str]] = {
+        **CurvatureSolver.about,
+        "matrix_sum": "Σ H_i over a part of the training set",
+        "matrix": "H, dense",
+    }
 
     solver: Literal["exact"] = "exact"
 

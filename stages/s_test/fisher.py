@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
     from stages.curvature import Curvature
     from stages.gradients import Gradients
+    from stages.s_test.preparation import Sources
+    from stages.s_test.prepare_fisher import OfGradients
 
 Form = Literal["coordinates", "samples", "rank"]
 BAND = 1024
-"""Samples whose products are added to their transpose at once."""
+"""Samples whose products with all others are computed in a block, and added to their transpose at once."""
 
 
 class Fisher(DampedSolver):
@@ -56,6 +58,26 @@ class Fisher(DampedSolver):
     def form(self, count: int, dim: int) -> Form:
         """Return how N and D are solved, by these numbers alone."""
         return "rank" if self.rank != "full" else "coordinates" if dim <= count else "samples"
+
+    def preparing(self, sources: Sources, memory_bytes: int) -> OfGradients:
+        """Return the stage that prepares, by the form that N and D ask for.
+
+        Raises:
+            StageError: it does not fit the memory.
+        """
+        from stages.gradients import runs
+        from stages.s_test.prepare_fisher import OfCoordinates, OfRank, OfSamples
+
+        count, dim, l2 = len(sources.curvature.samples), sources.curvature.dim, sources.curvature.l2
+        penalties, form = len(runs(l2)[0]), self.form(count, dim)
+        self.check(count, dim, penalties, memory_bytes)
+        gradients = sources.gradients(form == "coordinates")
+        if form == "coordinates":
+            return OfCoordinates(gradients, l2, sources.parts(count, dim**2))
+        if form == "samples":
+            return OfSamples(gradients, l2, sources.band("row", BAND))
+        rank = int(self.rank)
+        return OfRank(gradients, l2, sources.parts(dim, penalties * rank**2), rank, self.seed)
 
     def check(self, count: int, dim: int, penalties: int, memory_bytes: int) -> None:
         """Refuse what does not fit the memory, and a rank that there is not.
@@ -94,19 +116,15 @@ class Fisher(DampedSolver):
 
     def preparing_bytes(self, count: int, dim: int, penalties: int) -> int:
         """Return what preparing holds at once."""
-        from stages.gradients import reading_bytes, tile_entries, widest
-        from stages.s_test.prepare_fisher import HELD_ENTRIES, columns
+        from stages.s_test.prepare_fisher import coordinates_bytes, rank_bytes, samples_bytes
 
-        form, reading = self.form(count, dim), reading_bytes(count, dim)
-        if form == "coordinates":
-            return 3 * 8 * dim**2 + reading
-        if form == "samples":
-            band = min(count, BAND)
-            held = 8 * min(max(HELD_ENTRIES, widest(dim)), band * dim)
-            return (penalties + 2) * 8 * band * count + held + reading
-        rank = int(self.rank)
-        projected = 8 * rank * min(widest(dim), columns(rank)) + 8 * tile_entries(count, dim)
-        return 8 * (5 * count * rank + 3 * penalties * rank**2) + projected + reading
+        match self.form(count, dim):
+            case "coordinates":
+                return coordinates_bytes(count, dim)
+            case "samples":
+                return samples_bytes(count, dim, penalties, BAND)
+            case "rank":
+                return rank_bytes(count, dim, penalties, int(self.rank))
 
     def _solving_bytes(self, count: int, dim: int) -> int:
         """Return what solving holds at once, beside what each test sample takes."""

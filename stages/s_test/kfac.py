@@ -9,7 +9,7 @@ say how near this H is to the Gauss-Newton matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -39,6 +39,17 @@ class EigenbasisSolver(DampedSolver):
     """
 
     state_vectors: ClassVar[int] = 15
+    about: ClassVar[Mapping[str, str]] = {
+        "gradient_sum": "sum of the gradients of a part of the training set",
+        "factor_sum": "Σ g gᵀ and Σ a aᵀ of each layer over a part of the training set, upper triangles",
+        "position_sum": "positions at which each layer was met in a part of the training set",
+        "square_sum": "Σ of squared gradients over a part of the training set, in the eigenbasis where a layer has one",
+        "gradient_norm": "Euclidean norm of the training objective's gradient, zero at an optimum",
+        "mean_eigenvalue": "mean eigenvalue of H",
+        "eigenvectors": "of the Kronecker factors S and A of each layer, one after the other",
+        "eigenvalues": "of the approximation to H without l2, at the place of each eigenvector among the coordinates",
+        "positions": "training samples times positions at which each layer was met, 0 for one without factors",
+    }
 
     fisher: Literal["sampled", "empirical"] = "sampled"
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -64,6 +64,10 @@ class Lissa(CurvatureSolver):
     """
 
     state_vectors: ClassVar[int] = 12
+    about: ClassVar[Mapping[str, str]] = {
+        **CurvatureSolver.about,
+        "largest_eigenvalue": "largest eigenvalue of H over some minibatches",
+    }
 
     solver: Literal["lissa"] = "lissa"
     recursion_depth: Literal["auto"] | Count = "auto"

@@ -1,4 +1,4 @@
-"""``curvature``: what a solver prepares once for all test sets."""
+"""What most solvers prepare: sums over parts of the training set, and what comes of these."""
 
 from __future__ import annotations
 
@@ -8,40 +8,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.s_test.solver import Prepared, Solver
-from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Report, Samples, Stage, silent
+from stages.s_test.preparation import Preparation
+from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Report, Samples, silent
 
 if TYPE_CHECKING:
     from stages.curvature import Curvature
     from stages.parameters import ModelFunction
-
-SUMMARY = {
-    "matrix": "H, dense",
-    "gradient_norm": "Euclidean norm of the training objective's gradient, zero at an optimum",
-    "mean_eigenvalue": "mean eigenvalue of H",
-    "largest_eigenvalue": "largest eigenvalue of H over some minibatches",
-    "eigenvectors": "of the Kronecker factors S and A of each layer, one after the other",
-    "eigenvalues": "of the approximation to H without l2, at the place of each eigenvector among the coordinates",
-    "positions": "training samples times positions at which each layer was met, 0 for one without factors",
-}
-SUMS = {
-    "gradient_sum": "sum of the gradients of a part of the training set",
-    "matrix_sum": "Σ H_i over a part of the training set",
-    "probe_sum": "vᵀ Σ H_i v over a part of the training set, for random signs v",
-    "factor_sum": "Σ g gᵀ and Σ a aᵀ of each layer over a part of the training set, upper triangles",
-    "position_sum": "positions at which each layer was met in a part of the training set",
-    "square_sum": "Σ of squared gradients over a part of the training set, in the eigenbasis where a layer has one",
-}
+    from stages.s_test.solver import Prepared, Solver
 
 
-class Prepare(Stage):
+class Prepare(Preparation):
     """Numbers that come of sums over the training set, or the matrix H (coordinate, column).
 
     Each block has the sums over its part of the training set. They are added up in the order of the blocks, so that
     it is the same who computed which.
     """
-
-    name = "curvature"
 
     def __init__(self, solver: Solver, curvature: Curvature, parts: int, prepared: Prepared) -> None:
         """Lay out what ``solver`` prepares.
@@ -61,14 +42,24 @@ class Prepare(Stage):
                 ("part", *(f"{name}_{'row' if i < len(shape) - 1 else 'entry'}" for i in range(len(shape)))),
                 (parts, *shape),
                 "float64",
-                about=SUMS[name],
+                about=solver.about[name],
             )
             for name, shape in solver.sum_shapes(curvature.function).items()
         )
         self.merged = (ArraySpec("probe_loss", ("probe",), (count,), about="of some samples"),)
         for name in solver.summary_names():
             of = dims.get(name, {})
-            self.merged += (ArraySpec(name, tuple(of), tuple(of.values()), "float64", about=SUMMARY[name]),)
+            self.merged += (ArraySpec(name, tuple(of), tuple(of.values()), "float64", about=solver.about[name]),)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """What comes of the sums."""
+        return self.solver.summary_names()
+
+    @property
+    def passes(self) -> str:
+        """What is summed."""
+        return self.solver.summed(self.curvature.function)
 
     @property
     def held_bytes(self) -> int:

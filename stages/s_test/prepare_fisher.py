@@ -14,11 +14,12 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Stage, silent
+from stages.s_test.preparation import Preparation
+from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,15 +35,14 @@ LEAST_COLUMNS = 2**13
 MEAN = "mean eigenvalue of H"
 
 
-class OfGradients(Stage):
-    """What is prepared of the cached gradients.
+class OfGradients(Preparation):
+    """What is prepared of the cached gradients, by which solving is done, too.
 
     Attributes:
         summary: the names of those arrays that solving needs.
     """
 
-    name = "curvature"
-    summary: tuple[str, ...] = ()
+    summary: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, gradients: Gradients, l2_D: Tensor) -> None:
         """Read ``gradients``, with the penalties ``l2_D``."""
@@ -50,6 +50,16 @@ class OfGradients(Stage):
 
         self.gradients, self.l2 = gradients, l2_D
         self.penalties, self.runs = runs(l2_D)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The names of those arrays that solving needs."""
+        return self.summary
+
+    @property
+    def read(self) -> dict[str, ArrayLike]:
+        """The gradients."""
+        return {"gradients": self.gradients}
 
     def mean_eigenvalue(self, squares: float) -> Array:
         """Return tr H / D, of the sum of all squares of G."""
@@ -73,6 +83,16 @@ class OfCoordinates(OfGradients):
             ArraySpec("matrix", ("coordinate", "column"), (dim, dim), "float64", about="H, dense"),
             ArraySpec("mean_eigenvalue", (), (), "float64", about=MEAN),
         )
+
+    @property
+    def passes(self) -> str:
+        """One."""
+        return f"1 pass over grad_z, a matrix of {self.gradients.dim} coordinates"
+
+    @property
+    def held_bytes(self) -> int:
+        """Sums, and tiles."""
+        return coordinates_bytes(*self.gradients.shape)
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Sum over a part of the training set."""
@@ -105,6 +125,7 @@ class OfSamples(OfGradients):
     """
 
     summary = ("gram", "mean_eigenvalue")
+    unit = "samples"
 
     def __init__(self, gradients: Gradients, l2_D: Tensor, band: int) -> None:
         """Cut the samples into bands."""
@@ -118,6 +139,16 @@ class OfSamples(OfGradients):
             ArraySpec("square_sum", ("row_block",), self.grid.shape, "float64", about="of the entries of G"),
         )
         self.merged = (ArraySpec("mean_eigenvalue", (), (), "float64", about=MEAN),)
+
+    @property
+    def passes(self) -> str:
+        """Gradients by gradients."""
+        return f"products of {self.gradients.count} gradients with one another"
+
+    @property
+    def held_bytes(self) -> int:
+        """Products of a band, and tiles."""
+        return samples_bytes(*self.gradients.shape, len(self.penalties), self.grid.axes[0].band)
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Multiply a band by itself, and by those that it shares with."""
@@ -194,6 +225,16 @@ class OfRank(OfGradients):
             ArraySpec("kept_trace", (), (), "float64", about="share of the trace of GᵀG that the basis has"),
         )
 
+    @property
+    def passes(self) -> str:
+        """For the sketch, twice for the basis, and for products with that."""
+        return f"4 passes over grad_z, of rank {self.rank}"
+
+    @property
+    def held_bytes(self) -> int:
+        """The basis while it is made, products, and tiles."""
+        return rank_bytes(*self.gradients.shape, len(self.penalties), self.rank)
+
     def prepare(self, report: Report = silent) -> None:
         """Make the basis."""
         self.basis_Nr  # noqa: B018 - kept for all blocks
@@ -269,6 +310,30 @@ class OfRank(OfGradients):
             "mean_eigenvalue": self.mean_eigenvalue(squares),
             "kept_trace": np.asarray(kept),
         }
+
+
+def coordinates_bytes(count: int, dim: int) -> int:
+    """Return what the matrix H takes while it is prepared."""
+    from stages.gradients import reading_bytes
+
+    return 3 * 8 * dim**2 + reading_bytes(count, dim)
+
+
+def samples_bytes(count: int, dim: int, penalties: int, band: int) -> int:
+    """Return what products of a band of gradients with all take while they are prepared."""
+    from stages.gradients import reading_bytes, widest
+
+    band = min(count, band)
+    held = 8 * min(max(HELD_ENTRIES, widest(dim)), band * dim)
+    return (penalties + 2) * 8 * band * count + held + reading_bytes(count, dim)
+
+
+def rank_bytes(count: int, dim: int, penalties: int, rank: int) -> int:
+    """Return what a basis and products with it take while they are prepared."""
+    from stages.gradients import reading_bytes, tile_entries, widest
+
+    projected = 8 * rank * min(widest(dim), columns(rank)) + 8 * tile_entries(count, dim)
+    return 8 * (5 * count * rank + 3 * penalties * rank**2) + projected + reading_bytes(count, dim)
 
 
 def columns(rank: int) -> int:

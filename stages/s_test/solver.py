@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from stages.curvature import Curvature, Kind, Product
     from stages.parameters import ModelFunction
+    from stages.s_test.preparation import Preparation, Sources
 
 
 class RelativeDamping(BaseModel):
@@ -73,12 +74,14 @@ class Solver(BaseModel):
     Attributes:
         state_vectors: vectors of D floats that it holds for each right-hand side at once, products' results among them.
         of_gradients: whether it is made of the cached gradients, and not of the model and the training set.
+        about: a sentence on each array that it prepares, for people.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     state_vectors: ClassVar[int] = 3
     of_gradients: ClassVar[bool] = False
+    about: ClassVar[Mapping[str, str]] = {}
 
     solver: str
 
@@ -99,6 +102,18 @@ class Solver(BaseModel):
     def preparation(self) -> dict[str, Any] | None:
         """Return what :meth:`summary` depends on, None where nothing is prepared."""
         return None
+
+    def preparing(self, sources: Sources, memory_bytes: int) -> Preparation:
+        """Return the stage that prepares: sums over parts of the training set, and their :meth:`summary`, by default.
+
+        Raises:
+            StageError: it does not fit the memory.
+        """
+        from stages.s_test.prepare import Prepare
+
+        curvature = sources.curvature
+        summed = sum(map(math.prod, self.sum_shapes(curvature.function).values()))
+        return Prepare(self, curvature, sources.parts(len(curvature.samples), summed), sources.prepared)
 
     def summary_names(self) -> tuple[str, ...]:
         """Return the names of what :meth:`summary` finds."""
@@ -224,6 +239,13 @@ class CurvatureSolver(DampedSolver):
     Attributes:
         curvature: "ggn" (positive semi-definite for losses that are convex in the outputs) or "hessian".
     """
+
+    about: ClassVar[Mapping[str, str]] = {
+        "gradient_sum": "sum of the gradients of a part of the training set",
+        "probe_sum": "vᵀ Σ H_i v over a part of the training set, for random signs v",
+        "gradient_norm": "Euclidean norm of the training objective's gradient, zero at an optimum",
+        "mean_eigenvalue": "mean eigenvalue of H",
+    }
 
     curvature: Literal["hessian", "ggn"] = "ggn"
 
