@@ -49,7 +49,7 @@ def work(works: Works, solver: Solver) -> Work:
         prepared,
         gradients,
         parts=functools.partial(works.parts, solver),
-        band=lambda axis, otherwise: int(bands.get(axis, otherwise)),
+        band=lambda axis, most: int(bands.get(axis, min(most, plan.MOST_ROWS))),
     )
     stage = solver.preparing(sources, context.memory)
     found = Work(

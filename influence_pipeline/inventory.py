@@ -18,7 +18,7 @@ RECEIPTS = {
     "gradient_norm": "distance from an optimum |ḡ + l2·θ| (influence assumes 0)",
     "mean_eigenvalue": "mean eigenvalue",
     "largest_eigenvalue": "largest eigenvalue",
-    "kept_trace": "share of the trace of GᵀG that the low rank has",
+    "kept_trace": "share of the trace that the low rank has",
 }
 
 
@@ -139,7 +139,7 @@ def _brief(stage: str, identity: dict[str, Any]) -> str:
     if stage in {"s_test", "newton", "self_influence"}:
         parts += [f"{name} {value}" for name, value in identity["s_test"].items()]
     if stage == "curvature":
-        parts += [f"{name} {identity[name]}" for name in ("curvature", "fisher", "l2") if name in identity]
+        parts += [f"{name} {identity[name]}" for name in ("curvature", "fisher", "l2", "rank") if name in identity]
     return ", ".join(parts)
 
 

@@ -18,9 +18,11 @@ from torch.nn import functional
 
 from stages.curvature import Curvature
 from stages.device_batch import DeviceBatch
+from stages.gradients import Gradients
 from stages.parameters import ModelFunction
 from stages.projection import Projection
-from stages.s_test.prepare import Prepare
+from stages.s_test.preparation import Sources
+from stages.s_test.solver import Solver
 
 CPU = torch.device("cpu")
 
@@ -415,14 +417,25 @@ def ranking(scores: Sequence[float], ids: Sequence[int], k: int, *, largest: boo
 # ---- running the package without its machine -----------------------------------------------------------------------
 
 
-def prepared(solver: Any, curvature: Curvature, parts: int = 3) -> dict[str, Any]:
+def prepared(solver: Solver, curvature: Curvature, parts: int = 3, band: int | None = None) -> dict[str, Any]:
     """Run a solver's preparation, block by block, into NumPy arrays, with what comes before it."""
     first = solver.first()
     before = prepared(first, curvature, parts) if first else {}
-    stage = Prepare(solver, curvature, parts, before)
+    stage = solver.preparing(
+        Sources(
+            *(curvature, before, _no_gradients),
+            parts=lambda length, summed: parts,
+            band=lambda axis, otherwise: band or otherwise,
+        ),
+        curvature.memory_bytes,
+    )
     arrays = {spec.name: np.full(spec.shape, np.nan) for spec in stage.arrays}
     for block in stage.grid:
         found = stage.compute(block)
         for spec in stage.arrays:
             arrays[spec.name][spec.region(stage.grid, block)] = found[spec.name]
     return {**before, **arrays, **stage.finish(arrays)}
+
+
+def _no_gradients(whole_rows: bool) -> Gradients:
+    raise AssertionError("there is no cache")

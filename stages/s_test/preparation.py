@@ -54,7 +54,7 @@ class Sources:
         gradients: gives the cached gradients, to be read by tiles, or by whole rows if that is asked for; of solvers
             that are made of them alone.
         parts: into how many parts so many entries are cut, over each of which so many numbers are summed.
-        band: entries of a block along the axis of this name, by default so many.
+        band: entries of a block along the axis of this name, so many at most.
     """
 
     curvature: Curvature
