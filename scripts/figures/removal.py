@@ -30,6 +30,7 @@ from shared import (
     save,
     settings,
 )
+from torch.utils.data import TensorDataset
 
 import influence_pipeline as ip
 
@@ -60,8 +61,36 @@ def curves(given: Options) -> Curves:
     return Curves(*(np.stack(each) for each in zip(*found, strict=True)))
 
 
-def of_seed(seed: int, given: Options) -> tuple[np.ndarray, np.ndarray]:
-    """Return accuracies without (orders, shares), and with (orders, shares), some of one training set."""
+@dataclass(frozen=True)
+class Ranked:
+    """A training set with wrong labels, and its influence on digits that are known to be right.
+
+    Attributes:
+        train: the training set.
+        wrong: ids of those with wrong labels.
+        influences: of the training set on the trusted digits.
+        at_random: all ids in random order.
+        pipeline: of the model that was trained on all of them.
+    """
+
+    train: TensorDataset
+    wrong: np.ndarray
+    influences: ip.Influences
+    at_random: np.ndarray
+    pipeline: ip.Pipeline
+
+    def without(self, left_out: Sequence[np.ndarray]) -> np.ndarray:
+        """Return test accuracy of models that were trained without some samples each, (R,)."""
+        return self.pipeline.retrained("tests", [ids.tolist() for ids in left_out]).correct[0].mean(axis=1)
+
+    def with_only(self, kept: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return test accuracy of models that were trained on some samples alone, (R,)."""
+        everything = np.arange(len(self.train))
+        return self.without([np.setdiff1d(everything, ids) for ids in kept])
+
+
+def ranked(seed: int, given: Options) -> Ranked:
+    """Make one label in ten wrong, train to the optimum, and compute influence."""
     loaded = digits(flipped=FLIPPED, held_out=1500 if given.quick else HELD_OUT, seed=seed)
     train, folder = in_double(loaded.train), given.folder / f"seed-{seed}"
     trusted, tests = trusted_and_tests(in_double(loaded.test))
@@ -70,14 +99,27 @@ def of_seed(seed: int, given: Options) -> tuple[np.ndarray, np.ndarray]:
     sets = {"trusted": trusted, "tests": tests}
     experiment = ip.Experiment(objective.model, TASK, train, sets, retrain=Retraining(objective, whitening))
     pipeline = ip.Pipeline(experiment, folder / "cache", settings(**EXACT))
+    at_random = np.random.default_rng(seed).permutation(len(train))
+    return Ranked(train, loaded.flipped.numpy(), pipeline.run("trusted")["trusted"], at_random, pipeline)
 
-    count = len(train)
-    harmful, _ = pipeline.run("trusted")["trusted"].harmful_on_average(count)
-    orders = [harmful, harmful[::-1], np.random.default_rng(seed).permutation(count)]
+
+def of_seed(seed: int, given: Options) -> tuple[np.ndarray, np.ndarray]:
+    """Return accuracies without (orders, shares), and with (orders, shares), some of one training set."""
+    found = ranked(seed, given)
+    count = len(found.train)
+    harmful, _ = found.influences.harmful_on_average(count)
+    orders = [harmful, harmful[::-1], found.at_random]
     without = [order[: round(share * count)] for order in orders for share in LEFT_OUT]
     alone = [order[round(share * count) :] for order in orders[1:] for share in KEPT]
-    correct = pipeline.retrained("tests", [ids.tolist() for ids in (*without, *alone)]).correct[0].mean(axis=1)
+    correct = found.without([*without, *alone])
     return correct[: len(without)].reshape(len(WITHOUT), -1), correct[len(without) :].reshape(len(WITH), -1)
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> str:
+    """Return the mean of differences in accuracy, (seeds,) each, and its standard error where there are several."""
+    found = one - other
+    error = f" ± {found.std(ddof=1) / len(found) ** 0.5:.1%}" if len(found) > 1 else ""
+    return f"{found.mean():+.1%}{error}"
 
 
 def table(found: Curves) -> str:

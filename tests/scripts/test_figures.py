@@ -17,7 +17,10 @@ from torch import nn
 import influence_pipeline as ip
 
 FIGURES = Path(__file__).parents[2] / "scripts" / "figures"
-MODULES = ("shared", "left_out", "similarity", "mislabelled", "removal", "digits", "train")
+MODULES = (
+    *("shared", "left_out", "similarity", "mislabelled", "removal", "digits", "train"),
+    *("drop_harmful", "keep_influential"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,41 @@ def test_removal(figures: Any, folder: Path) -> None:
     harmful, helpful, _ = (found.without - whole).mean(axis=0)
     assert harmful[3] > 0.01
     assert helpful[3] < -0.01
+
+
+def test_drop_harmful(figures: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is what the curves of removal have, with the wrong labels counted."""
+    given = quick(figures.removal, folder)
+    found, curves = figures.drop_harmful.dropped(given), figures.removal.curves(given)
+    columns = [figures.removal.LEFT_OUT.index(share) for share in figures.drop_harmful.SHARES]
+    np.testing.assert_array_equal(found.before, curves.without[:, 0, 0])
+    np.testing.assert_array_equal(found.harmful, curves.without[:, 0, columns])
+    np.testing.assert_array_equal(found.at_random, curves.without[:, 2, columns])
+    assert found.wrong[0, 0] > 0.7
+    assert (found.wrong <= 1).all()
+    figures.drop_harmful.main(["--quick", "--folder", str(folder)])
+    said = capsys.readouterr().out
+    assert f"| 10% | {found.wrong[0, 1]:.0%} | {found.harmful[0, 1]:.1%} | {found.at_random[0, 1]:.1%} |" in said
+
+
+def test_keep_influential(figures: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The most helpful have few wrong labels, the most influential many; random ones are those of the curves."""
+    given = quick(figures.removal, folder)
+    found, curves = figures.keep_influential.kept(given), figures.removal.curves(given)
+    columns = [figures.removal.KEPT.index(share) for share in figures.keep_influential.SHARES]
+    np.testing.assert_array_equal(found.whole, curves.without[:, 0, 0])
+    np.testing.assert_array_equal(found.alone[:, 1:], curves.alone[:, :, columns])
+    assert found.wrong[0, 0, 0] > 0.3
+    assert found.wrong[0, 1, 0] < 0.1
+    figures.keep_influential.main(["--quick", "--folder", str(folder)])
+    assert f"{found.alone[0, 0, 3]:.1%} (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("first", "second", "said"), [([0.5], [0.4], "+10.0%"), ([1, 0], [0, 1], "+0.0% ± 100.0%")])
+def test_differences_have_their_standard_error(
+    figures: Any, first: list[float], second: list[float], said: str
+) -> None:
+    assert figures.removal.difference(np.array(first), np.array(second)) == said
 
 
 @pytest.mark.parametrize("name", ["left_out", "similarity", "mislabelled", "removal"])
