@@ -269,9 +269,7 @@ class Influences:
         """
         whole = isinstance(row, (int, np.integer)) and not isinstance(row, bool)
         if not whole or not 0 <= row < len(self):
-            raise RequestError(
-                f"test = {row!r}: {self.tests!r} has {len(self)} test samples; their rows begin at 0"
-            )
+            raise RequestError(f"test = {row!r}: {self.tests!r} has {len(self)} test samples; their rows begin at 0")
 
     def mean_scores(self) -> Array:
         """Return the scores averaged over the tests, (N,) float32."""
