@@ -227,6 +227,31 @@ def evaluate(
 
 @app.command()
 @_guarded
+def report(
+    settings: SettingsFile,
+    tests: Annotated[str | None, typer.Option("--tests", help="the test set; default the only one")] = None,
+    out: Annotated[Path, typer.Option("--out", help="the file")] = Path("report.html"),
+    k: Annotated[int | None, typer.Option("-k", help="helpful and harmful samples of each test; default 10")] = None,
+) -> None:
+    """Write results as a page, one HTML file that shows what the samples look like; computes no scores.
+
+    Raises:
+        RequestError: it is not clear of which test set.
+    """
+    from influence_pipeline.plan import show_bytes
+
+    pipeline = ip.Pipeline.from_toml(settings)
+    if tests is None:
+        if len(pipeline.tests) != 1:
+            names = ", ".join(pipeline.tests) or "no test set"
+            raise ip.RequestError(f"--tests is needed; the experiment has: {names}")
+        tests = pipeline.tests[0]
+    path = pipeline.report(tests, out, k)
+    typer.echo(f"{path}: {show_bytes(path.stat().st_size)}; open it in a browser")
+
+
+@app.command()
+@_guarded
 def status(settings: SettingsFile) -> None:
     """List what is cached; needs neither model nor data."""
     from influence_pipeline import inventory

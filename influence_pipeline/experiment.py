@@ -31,6 +31,8 @@ from stages.grad_z.choose import describe
 from stages.stage import Array
 
 Data = Dataset[Any] | Callable[[], Dataset[Any]]
+Show = Callable[[Any], Any]
+"""Given one sample, returns an image (of PIL, an array or a tensor), a text, or a mapping of names to values."""
 Retrain = Callable[..., nn.Module]
 """``retrain(dataset, seed)``, or ``retrain(dataset, seed, weights)`` where samples can have weights."""
 
@@ -46,6 +48,8 @@ class Experiment:
         retrain: trains the model anew, None where the experiment does not say how.
         weighted: whether it takes weights of samples.
         mislabelled: ids of training samples that are known to have wrong labels, None where nothing is known.
+        show: says what people see of a sample, None where its shape and type do.
+        label_names: of labels by their numbers, None where numbers do.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class Experiment:
         train_ids: Sequence[int] | None = None,
         retrain: Retrain | None = None,
         mislabelled: Sequence[int] | None = None,
+        show: Show | None = None,
+        label_names: Sequence[str] | Mapping[int, str] | None = None,
     ) -> None:
         """Describe an experiment; a model or a data set may be a function that makes it, called when needed.
 
@@ -77,6 +83,9 @@ class Experiment:
                 the data set, a subset of the training set. ``retrain(dataset, seed, weights)`` is given the whole of
                 it with a weight for each sample, (N,), 1 or 0, and minimises their sum of weighted losses over N.
             mislabelled: ids of training samples that are known to have wrong labels, for evaluation alone.
+            show: says what people are to see of one sample, given as the data set yields it: an image (of PIL, an array
+                or a tensor), a text, or a mapping of names to values. By default what its shape and type suggest.
+            label_names: what labels are called, by their numbers.
 
         Raises:
             RequestError: something is not of the kind that is needed.
@@ -104,6 +113,10 @@ class Experiment:
         self.retrain = retrain
         self.weighted = retrain is not None and "weights" in inspect.signature(retrain).parameters
         self.mislabelled = None if mislabelled is None else _array(mislabelled)
+        if show is not None and not callable(show):
+            raise RequestError(f"show must be a function of one sample, got {type(show).__name__}")
+        self.show = show
+        self.label_names = None if label_names is None else _names(label_names)
 
     @property
     def model(self) -> nn.Module:
@@ -229,6 +242,22 @@ def _array(ids: Any) -> Array:
         return np.asarray(ids)
     except Exception as error:
         raise RequestError(f"train_ids must be whole numbers, one for each sample: {error}") from error
+
+
+def _names(given: Any) -> dict[int, str]:
+    """Return names of labels by their numbers.
+
+    Raises:
+        RequestError: they are no such names.
+    """
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
+    pairs = list(enumerate(given)) if listed else list(given.items()) if isinstance(given, Mapping) else []
+    if not pairs or not all(_whole(number) and isinstance(name, str) for number, name in pairs):
+        raise RequestError(
+            'label_names must be texts in the order of the labels, for example ["cat", "dog"], or by their numbers: '
+            '{3: "cat", 5: "dog"}'
+        )
+    return {int(number): name for number, name in pairs}
 
 
 def _call(make: Callable[[], Any], what: str) -> Any:

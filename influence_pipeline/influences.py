@@ -398,6 +398,10 @@ class Influences:
         trains = None if self._trained is None else self._trained.array("label")[:]
         return tests, trains
 
+    def measurements(self) -> Array | None:
+        """Return what influence is asked about at each test, (T,) float32; None where s_test was removed."""
+        return None if self._solved is None else np.asarray(self._solved.array("measurement")[:])
+
     def losses(self) -> Array | None:
         """Return the training losses, (N,) float32; None where gradients are not cached."""
         return None if self._trained is None else np.asarray(self._trained.array("loss")[:])

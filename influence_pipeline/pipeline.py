@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from influence_pipeline import checks, inventory, room, runner
+from influence_pipeline import checks, inventory, report, room, runner
 from influence_pipeline.cache import Cache, Group, nearest
 from influence_pipeline.checks import Verification
 from influence_pipeline.context import Context
@@ -292,6 +292,34 @@ class Pipeline:
             RequestError: the experiment has no ``retrain``.
         """
         return self._truth.measured(tests, listed(left_out), seeds)
+
+    def report(self, tests: str, path: Path | str = "report.html", k: int | None = None) -> Path:
+        """Write results as a page: one HTML file that opens from disk, with what each sample looks like.
+
+        What samples look like is said by the experiment's ``show``, or by their shape and type. Nothing is computed but
+        the model's outputs for the samples that are shown.
+
+        Args:
+            tests: the test set.
+            path: the file.
+            k: helpful and harmful training samples of each test; by default ten, or as many as there are.
+
+        Returns:
+            The file.
+
+        Raises:
+            MissingStage: scores are not complete; the message has the call that makes them.
+            RequestError: the extra ``report`` is not installed, there is no place for the file, or k is too large.
+        """
+        path = Path(path)
+        report.check(path)
+        place = self._works.influence_place(tests)
+        self._mend(place)
+        self._check_data(place)
+        self._works.require(place)
+        influences = Influences.open(self.cache.path, tests, place.name.removeprefix(f"{tests}-"))
+        report.write(influences, self._works.context, path, k)
+        return path
 
     @property
     def _truth(self) -> Truth:

@@ -138,12 +138,16 @@ class DataSet:
     def batches(self, ids: Sequence[int], size: int) -> Generator[Batch, None, None]:
         """Yield some samples in order, ``size`` at a time; read by worker processes where there are any."""
         if self._workers and self._kept is None:
-            for part, samples in self._read(ids, size):
-                for position, sample in zip(part, samples, strict=True):
-                    self._remember(position, sample)
-                yield self._collated(samples)
+            yield from (batch for _, batch in self.read(ids, size))
             return
         yield from self.stream(ids[start : start + size] for start in range(0, len(ids), size))
+
+    def read(self, ids: Sequence[int], size: int) -> Generator[tuple[list[Any], Batch], None, None]:
+        """Yield some samples in order, ``size`` at a time: as the data set gives them, and as a batch."""
+        for part, samples in self._read(ids, size):
+            for position, sample in zip(part, samples, strict=True):
+                self._remember(position, sample)
+            yield samples, self._collated(samples)
 
     def stream(self, parts: Iterable[Sequence[int]]) -> Generator[Batch, None, None]:
         """Yield a batch for each of these parts, which need not end; read ahead where they are not kept."""

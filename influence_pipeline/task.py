@@ -127,9 +127,19 @@ class Task:
             return None
         return targets.reshape(-1) if targets.numel() == len(targets) else None
 
-    def correct(self, outputs: Tensor, batch: Any) -> Tensor | None:
-        """Return whether the prediction for each sample is right, (B,); None where there is no such thing."""
+    def predictions(self, outputs: Tensor, batch: Any) -> Tensor | None:
+        """Return what the model says of each sample, a number beside its label, (B,); None where there is none."""
         return None
+
+    def correct(self, outputs: Tensor, batch: Any) -> Tensor | None:
+        """Return whether the prediction for each sample is right, (B,); None where there is no such thing.
+
+        By default whether it is the label, where both are whole numbers.
+        """
+        found, labels = self.predictions(outputs, batch), self.labels(batch)
+        if found is None or labels is None or found.is_floating_point() or labels.is_floating_point():
+            return None
+        return found == labels
 
     @staticmethod
     def from_loss(loss: Callable[[Tensor, Tensor], Tensor], *, name: str, l2: float | dict[str, float] = 0.0) -> Task:
@@ -182,10 +192,9 @@ class Classification(Task):
         losses = functional.cross_entropy(outputs, targets_of(batch), reduction="none")
         return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
 
-    def correct(self, outputs: Tensor, batch: Any) -> Tensor | None:
-        """Return whether the largest logit is that of the label, (B,); None for outputs of further dimensions."""
-        targets = targets_of(batch)
-        return outputs.argmax(1) == targets if outputs.ndim == 2 and targets.ndim == 1 else None
+    def predictions(self, outputs: Tensor, batch: Any) -> Tensor | None:
+        """Return the class of the largest logit, (B,); None for outputs of further dimensions."""
+        return outputs.argmax(1) if outputs.ndim == 2 else None
 
     def sample(self, outputs: Tensor, batch: Any, generator: Draws) -> Any:
         """Return the batch with a class for each sample, or each of its positions, with the softmax's probability."""
@@ -224,6 +233,10 @@ class Regression(Task):
             )
         squares: Tensor = (outputs - targets.reshape(outputs.shape)).square()
         return squares.flatten(1).sum(1) if squares.ndim > 1 else squares
+
+    def predictions(self, outputs: Tensor, batch: Any) -> Tensor | None:
+        """Return the output itself, (B,); None where a sample has several."""
+        return outputs.reshape(-1) if outputs.numel() == len(outputs) else None
 
     def sample(self, outputs: Tensor, batch: Any, generator: Draws) -> Any:
         """Return the batch with targets of variance ½ around the outputs.

@@ -333,8 +333,8 @@ class Works:
         missing = pending(work, group)
         if group is None or missing:
             of, tests = (f" of {place.tests}", place.tests) if place.tests else ("", None)
-            call = f"s_test({tests!r})" if tests else f"{place.stage}()"
-            command = f"s-test --tests {tests}" if tests else place.stage.replace("_", "-")
+            command, call = place.stage.replace("_", "-"), f"{place.stage}({tests!r})" if tests else f"{place.stage}()"
+            command += f" --tests {tests}" if tests else ""
             raise MissingStage(
                 f"{place.stage}{of} is not complete: {len(missing)} of {len(work.stage.grid)} blocks are missing. "
                 f"First: pipeline.{call}, or `influence-pipeline {command} …`; `run` does all"
