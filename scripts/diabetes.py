@@ -2,17 +2,22 @@
 
 python scripts/train.py diabetes
 influence-pipeline run scripts/diabetes.toml
+influence-pipeline report scripts/diabetes.toml
 """
 
 import torch
 from sklearn.datasets import load_diabetes
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from train import trained
 
 import influence_pipeline as ip
 
 TASK = ip.Regression(l2=1e-1)
+MEASURED = (
+    *("age", "sex", "body mass", "blood pressure", "cholesterol", "LDL", "HDL", "cholesterol / HDL"),
+    *("triglycerides", "glucose"),
+)
 
 
 def network() -> nn.Module:
@@ -29,7 +34,12 @@ def data() -> tuple[Dataset, Dataset]:
     return TensorDataset(inputs[train], targets[train]), TensorDataset(inputs[test], targets[test])
 
 
+def patient(sample: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Return what a page shows of one."""
+    return {name: round(value, 2) for name, value in zip(MEASURED, sample[0].tolist(), strict=True)}
+
+
 def experiment() -> ip.Experiment:
     """Put together what the pipeline needs."""
     train, test = data()
-    return ip.Experiment(trained("diabetes", network()), TASK, train, {"holdout": test})
+    return ip.Experiment(trained("diabetes", network()), TASK, train, {"holdout": test}, show=patient)

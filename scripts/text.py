@@ -6,6 +6,7 @@ tests ask for it in a fourth way.
 python scripts/train.py text
 influence-pipeline run scripts/text.toml
 python scripts/text.py              # the same, then the sentences themselves
+influence-pipeline report scripts/text.toml     # the same as a page
 """
 
 import random
@@ -22,7 +23,6 @@ from train import trained
 
 import influence_pipeline as ip
 
-TASK = ip.LanguageModel(l2=3e-3)
 LENGTH = 9
 
 NAMES = "anna ben clara david emma felix greta henry ida jonas karla leon mia noah olga paul rosa simon tilda umar"
@@ -128,6 +128,22 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
+class Completion(ip.LanguageModel):
+    """The loss of the word that counts; its label is that word, as a number."""
+
+    def labels(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the word to be said, (B,)."""
+        return batch["input_ids"].gather(1, batch["token_weights"].argmax(1)[:, None])[:, 0]
+
+    def predictions(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Return the word that the network says, (B,)."""
+        before = batch["token_weights"].argmax(1) - 1
+        return outputs[torch.arange(len(outputs), device=outputs.device), before].argmax(1)
+
+
+TASK = Completion(l2=3e-3)
+
+
 def network() -> nn.Module:
     """Make the network, untrained: 28,128 parameters."""
     return Transformer(len(WORDS))
@@ -139,10 +155,15 @@ def data() -> tuple[Dataset, Dataset]:
     return Tokens(train), Tokens(test)
 
 
+def sentence(sample: dict[str, Tensor]) -> str:
+    """Return what a page shows of a sample."""
+    return " ".join(WORDS[word] for word in sample["input_ids"] if word)
+
+
 def experiment() -> ip.Experiment:
     """Put together what the pipeline needs."""
     train, test = data()
-    return ip.Experiment(trained("text", network()), TASK, train, {"facts": test})
+    return ip.Experiment(trained("text", network()), TASK, train, {"facts": test}, show=sentence, label_names=WORDS)
 
 
 def show(influences: ip.Influences) -> None:

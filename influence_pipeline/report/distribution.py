@@ -163,8 +163,8 @@ def drawn(histogram: Histogram, higher_is_better: bool) -> Drawn:
 
 
 def _ticks(low: float, high: float) -> Iterator[float]:
-    """Yield round numbers between two, some five of them."""
-    rough = (high - low) / 5
+    """Yield round numbers between two, some five to ten of them."""
+    rough = (high - low) / 7
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
     for number in range(math.ceil(low / step), math.floor(high / step) + 1):

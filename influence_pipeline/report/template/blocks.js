@@ -9,7 +9,7 @@ function block(name) {
 }
 
 async function decode(name) {
-  const element = document.getElementById(name);
+  const element = document.getElementById(`block-${name}`);
   const bytes = Uint8Array.from(atob(element.textContent), (letter) => letter.charCodeAt(0));
   element.remove();
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));

@@ -84,7 +84,7 @@ function makeRow(number) {
   const words = make("div", { class: "words" },
     make("span", { class: "first" }, make("b", {}, tests.id[number]), ...labels(tests, number)),
     make("span", { class: "muted" }, tests.loss ? `${head.measure} ${shortly(tests.loss[number])}` : "",
-      tests.share?.[number] != null ? ` · ${percent(tests.share[number])} by ${head.few}` : ""));
+      tests.share?.[number] != null ? ` · ${head.few} carry ${percent(tests.share[number])}` : ""));
   row.append(words);
   entry("tests-looks", number).then((look) => {
     if ("picture" in look) row.prepend(looks(look, `test ${tests.id[number]}`, "thumb"));
@@ -147,7 +147,7 @@ async function openTest(number) {
         make("p", { class: "labels" }, ...labels(tests, number, true),
           right === 0 || right === 1 ? make("span", { class: right ? "verdict" : "verdict wrong" }, right ? "✓ right" : "✗ wrong") : null),
         make("p", { class: "muted" }, tests.loss ? `${head.measure} ${shortly(tests.loss[number])}` : "",
-          share == null ? "" : ` · the ${head.few} largest of ${head.ranks.toLocaleString("en")} scores are ${percent(share)} of their sum`))),
+          share == null ? "" : ` · ${head.few} of ${head.ranks.toLocaleString("en")} training samples carry ${percent(share)} of the influence`))),
     ranking("Most helpful", "help", helping),
     ranking("Most harmful", "harm", harming));
 }
