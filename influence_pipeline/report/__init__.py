@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from influence_pipeline.errors import RequestError
+from influence_pipeline.export import check_target
 
 if TYPE_CHECKING:
     from influence_pipeline.context import Context
@@ -25,9 +26,7 @@ def check(path: Path) -> None:
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise RequestError(f'the page needs {" and ".join(missing)}: pip install "influence-pipeline[report]"')
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
-        raise RequestError(f"{path} {what}: name a file for the page")
+    check_target(path)
 
 
 def write(influences: Influences, context: Context, path: Path, k: int | None = None) -> None:

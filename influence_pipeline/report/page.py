@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import jinja2
 import numpy as np
 
 from influence_pipeline.context import Context
-from influence_pipeline.errors import WorkError
+from influence_pipeline.export import written
 from influence_pipeline.influences import Influences
 from influence_pipeline.report.distribution import FEW, Spread, drawn, spread
 from influence_pipeline.report.encoded import ROWS, Pictures, block, in_blocks, look, numbers
@@ -91,7 +90,9 @@ def write(influences: Influences, context: Context, path: Path, k: int | None = 
     )
     test = context.test(influences.tests)
     tests = see(context, test, range(len(test)), influences.test_ids, shown, losses=False)
-    _write(path, rendered(influences, context, ranked, found, trains, tests))
+    text = rendered(influences, context, ranked, found, trains, tests)
+    with written(path) as file:
+        file.write(text.encode())
 
 
 def rendered(influences: Influences, context: Context, ranked: Ranked, found: Spread, trains: Seen, tests: Seen) -> str:
@@ -226,19 +227,3 @@ def _script() -> str:
 def _hash(text: str) -> str:
     """Return what a page's policy names a script or a style by, that nothing else be run."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file aside, and put it into its place when it is whole.
-
-    Raises:
-        WorkError: it cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        aside.write_text(text, encoding="utf-8", newline="\n")
-        aside.replace(path)
-    except OSError as error:
-        raise WorkError(f"{path} cannot be written: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
