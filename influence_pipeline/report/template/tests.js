@@ -17,18 +17,19 @@ function startTests() {
     byId("sort").append(make("option", { value: name }, typeof sort.says === "function" ? sort.says() : sort.says));
   }
   byId("search").addEventListener("input", () => select());
-  for (const name of ["label", "right", "sort"]) byId(name).addEventListener("change", () => select());
+  for (const name of ["label", "right"]) byId(name).addEventListener("change", () => select());
+  byId("sort").addEventListener("change", () => select(true));
   byId("reverse").addEventListener("click", () => {
     byId("reverse").setAttribute("aria-pressed", byId("reverse").getAttribute("aria-pressed") !== "true");
-    select();
+    select(true);
   });
   byId("list").addEventListener("scroll", () => drawRows(), { passive: true });
   byId("list").addEventListener("keydown", listKeys);
   new ResizeObserver(() => drawRows()).observe(byId("list"));
 }
 
-/** Choose and sort the tests that the filters let through. */
-async function select() {
+/** Choose and sort the tests that the filters let through; open the first, or stay with the one that is open. */
+async function select(first = false) {
   const search = byId("search").value.trim().toLowerCase(), turn = ++wanted;
   const label = byId("label").value, right = byId("right").value;
   const number = /^#?\d+$/.test(search) ? search.replace("#", "") : null;
@@ -45,8 +46,7 @@ async function select() {
   byId("count").textContent = order.length === count ? `${count} tests` : `${order.length} of ${count} tests`;
   byId("list").scrollTop = 0;
   drawRows();
-  if (!order.includes(chosen)) openTest(order[0] ?? null);
-  else reveal();
+  if (first || !order.includes(chosen)) openTest(order[0] ?? null);
 }
 
 /** Compare two numbers; those that are missing come last, whatever the way. */
