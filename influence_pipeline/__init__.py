@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from influence_pipeline.checkpoints import Checkpoint
     from influence_pipeline.errors import (
         CacheDamaged,
         CacheMismatch,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CacheDamaged": "errors",
     "CacheMismatch": "errors",
+    "Checkpoint": "checkpoints",
     "Classification": "task",
     "Experiment": "experiment",
     "InfluenceError": "errors",
@@ -49,6 +51,7 @@ _HOMES = {
 __all__ = [
     "CacheDamaged",
     "CacheMismatch",
+    "Checkpoint",
     "Classification",
     "Experiment",
     "InfluenceError",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,8 +76,22 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def verify(works: Works, tests: Sequence[str], sample: int, mend: Callable[[], None]) -> Verification:
-    """Read everything again; see :meth:`Pipeline.verify`. ``mend`` mends descriptions, after they were looked at."""
+def verify(
+    works: Works,
+    tests: Sequence[str],
+    sample: int,
+    mend: Callable[[], None],
+    models: Callable[[], Iterable[Works]],
+) -> Verification:
+    """Read everything again; see :meth:`Pipeline.verify`.
+
+    Args:
+        works: of the experiment.
+        tests: whose samples are read.
+        sample: training gradients to compute again, of each model.
+        mend: mends descriptions, after they were looked at.
+        models: gives the stages of each checkpoint where there are several, of the experiment where not.
+    """
     found = Verification()
     show = works.settings.runtime.progress
     paths = [path for stage in FOLDERS for path in works.cache.paths(stage)]
@@ -87,6 +101,8 @@ def verify(works: Works, tests: Sequence[str], sample: int, mend: Callable[[], N
     for path in paths:
         if not _damaged_description(path):
             _verify_files(Group(path), found, show=show)
+    for model in models():
+        model.expect()
     for data in _data_sets(works, tests):
         ids = data.expected.tolist()
         found.samples += len(ids)
@@ -94,8 +110,8 @@ def verify(works: Works, tests: Sequence[str], sample: int, mend: Callable[[], N
             changed = data.changed(ids, report)
         if changed:
             found.changed[data.name] = sorted(changed)
-    if sample:
-        _verify_rows(works, sample, found)
+    for model in models() if sample else ():
+        _verify_rows(model, sample, found)
     return found
 
 
@@ -131,7 +147,7 @@ def _verify_rows(works: Works, sample: int, found: Verification) -> None:
         raise RequestError("--sample: no training gradients of this model and these samples are cached")
     data.forget()  # what changed was found, and is not to be refused once more
     chosen = sorted(np.random.default_rng().permutation(rows)[:sample].tolist())
-    found.rows = len(chosen)
+    found.rows += len(chosen)
     found.differing += works.differs(place, chosen)
 
 

@@ -388,10 +388,10 @@ def _opened(settings: Path, tests: str | None, key: str | None) -> ip.Influences
         RequestError: it is not clear which.
     """
     from influence_pipeline.cache import Cache
-    from influence_pipeline.influences import refuse_damaged
+    from influence_pipeline.influences import cached_results, refuse_damaged
 
     folder = _cache(settings)
-    names = sorted({group.attributes["tests"] for group in Cache(folder).groups("influence")})
+    names = sorted({group.attributes["tests"] for group in cached_results(Cache(folder))})
     if tests is None:
         if not names:
             refuse_damaged(Cache(folder))
@@ -411,16 +411,24 @@ def _cache(path: Path) -> Path:
 def _summary(name: str, influences: ip.Influences) -> None:
     """Print what came out for one test set."""
     k = min(10, len(influences.train_ids))
-    typer.echo(f"\n{name}: {len(influences)} tests × {len(influences.train_ids)} training samples")
+    typer.echo(f"\n{name}: {len(influences)} tests × {len(influences.train_ids)} training samples{_models(influences)}")
     typer.echo(", ".join(_evidence(influences)))
     _table(influences, None, k)
+
+
+def _models(influences: ip.Influences) -> str:
+    """Say how many models' scores were combined, and how."""
+    how = {"mean": "averaged", "sum": "summed"}.get(influences.combination)
+    return f", {how} over {len(influences.weights)} checkpoints" if how else ""
 
 
 def _evidence(influences: ip.Influences) -> list[str]:
     """Say what speaks for the numbers, in pieces."""
     pieces = []
-    if influences.damping is not None and influences.residual is not None:
-        pieces += [f"λ = {influences.damping:.4g}", f"largest residual {influences.residual.max():.2g}"]
+    dampings = sorted({one.damping for one in influences.members or [influences] if one.damping is not None})
+    if dampings and influences.residual is not None:
+        shown = " to ".join(f"{damping:.4g}" for damping in dict.fromkeys([dampings[0], dampings[-1]]))
+        pieces += [f"λ = {shown}", f"largest residual {influences.residual.max():.2g}"]
     if influences.gradient_norm is not None:
         pieces.append(f"|ḡ + l2·θ| = {influences.gradient_norm:.2g} (influence assumes an optimum, 0)")
     return pieces

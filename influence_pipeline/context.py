@@ -39,20 +39,27 @@ class Context:
         weights: hash of the model's parameters and buffers.
     """
 
-    def __init__(self, experiment: Experiment, settings: Settings, weights: str | None = None) -> None:
+    def __init__(
+        self, experiment: Experiment, settings: Settings, weights: str | None = None, whole: Context | None = None
+    ) -> None:
         """Load the model and take its hash.
 
         Args:
             experiment: what to load.
             settings: all settings.
             weights: the hash that the model must have, in a worker process.
+            whole: of which this is a member, with the test sets that the settings add: its data sets are shared.
 
         Raises:
             RequestError: a setting does not fit the experiment.
             CacheMismatch: the model is not the one that the parent process has.
         """
         self.settings = settings
-        self.experiment = experiment.with_tests(_selected(experiment, settings)) if settings.tests else experiment
+        if settings.tests and whole is None:
+            experiment = experiment.with_tests(_selected(experiment, settings))
+        self.experiment = experiment
+        self._data_sets: dict[tuple[str, ...], DataSet] = {} if whole is None else whole._data_sets
+        self._curvatures: dict[int, Curvature] = {}
         self.device = _device(settings.runtime.device)
         self.weights = weights_hash(experiment.model)
         if weights not in (None, self.weights):
@@ -67,6 +74,19 @@ class Context:
         except StageError as error:
             raise RequestError(str(error)) from error
 
+    def member(self, checkpoint: str, weights: str | None = None) -> Context:
+        """Return the context of one checkpoint, which shares the data sets of this."""
+        return Context(self.experiment.member(checkpoint), self.settings, weights, self)
+
+    def forget(self) -> None:
+        """Expect nothing of any sample."""
+        for data in self._data_sets.values():
+            data.forget()
+
+    def close(self) -> None:
+        """Let the model go at once: what was made of it refers back to this."""
+        self._curvatures.clear()
+
     @property
     def dim(self) -> int:
         """D."""
@@ -77,15 +97,18 @@ class Context:
         """Bytes that one process may hold at once."""
         return self.settings.runtime.memory
 
-    @functools.cached_property
+    @property
     def train(self) -> DataSet:
         """The training set."""
-        return self._data(self.experiment.train, self.experiment.train_name)
+        if () not in self._data_sets:
+            self._data_sets[()] = self._data(self.experiment.train, self.experiment.train_name)
+        return self._data_sets[()]
 
-    @functools.cache  # noqa: B019 - one context for each pipeline, and its test sets live as long
     def test(self, name: str) -> DataSet:
         """Return a test set."""
-        return self._data(self.experiment.test(name), name)
+        if (name,) not in self._data_sets:
+            self._data_sets[name,] = self._data(self.experiment.test(name), name)
+        return self._data_sets[name,]
 
     def _data(self, data: Any, name: str) -> DataSet:
         return DataSet(
@@ -152,13 +175,14 @@ class Context:
                 f"{show_bytes(given)}: raise it, or choose fewer parameters ([grad_z] parameters)"
             )
 
-    @functools.cache  # noqa: B019 - as above
     def curvature(self, count: int) -> Curvature:
         """Return the curvature that the solver asks for, over the first ``count`` training samples."""
-        solver = self.settings.s_test
-        kind = solver.curvature if isinstance(solver, CurvatureSolver) else "ggn"
-        batch = DeviceBatch(functools.partial(self.batch_within, kind, self.memory))
-        return Curvature(self.function, First(self.train, count), kind, batch, self.memory)
+        if count not in self._curvatures:
+            solver = self.settings.s_test
+            kind = solver.curvature if isinstance(solver, CurvatureSolver) else "ggn"
+            batch = DeviceBatch(functools.partial(self.batch_within, kind, self.memory))
+            self._curvatures[count] = Curvature(self.function, First(self.train, count), kind, batch, self.memory)
+        return self._curvatures[count]
 
     # ---- identities: what changes an array, and nothing else ------------------------------------------------------
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from influence_pipeline.checkpoints import Checkpoint, State, checked, loaded
 from influence_pipeline.errors import InfluenceError, RequestError
 from influence_pipeline.samples import PerClass, check_dataset
 from influence_pipeline.settings import check_name
@@ -50,6 +51,7 @@ class Experiment:
         mislabelled: ids of training samples that are known to have wrong labels, None where nothing is known.
         show: says what people see of a sample, None where its shape and type do.
         label_names: of labels by their numbers, None where numbers do.
+        checkpoints: sets of weights by name, whose scores are combined; empty where the model's own count.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Experiment:
         mislabelled: Sequence[int] | None = None,
         show: Show | None = None,
         label_names: Sequence[str] | Mapping[int, str] | None = None,
+        checkpoints: Mapping[str, State | str | Path | Callable[[], State] | Checkpoint] | None = None,
     ) -> None:
         """Describe an experiment; a model or a data set may be a function that makes it, called when needed.
 
@@ -86,6 +89,9 @@ class Experiment:
             show: says what people are to see of one sample, given as the data set yields it: an image (of PIL, an array
                 or a tensor), a text, or a mapping of names to values. By default what its shape and type suggest.
             label_names: what labels are called, by their numbers.
+            checkpoints: weights by name, from other seeds or saved along one training, in the place of the model's
+                own: a state dict, the path of one, a function that returns one, or a Checkpoint with a weight. Each is
+                scored by itself; the scores are averaged, or summed by these weights.
 
         Raises:
             RequestError: something is not of the kind that is needed.
@@ -117,6 +123,7 @@ class Experiment:
             raise RequestError(f"show must be a function of one sample, got {type(show).__name__}")
         self.show = show
         self.label_names = None if label_names is None else _names(label_names)
+        self.checkpoints = {} if checkpoints is None else checked(checkpoints)
 
     @property
     def model(self) -> nn.Module:
@@ -170,6 +177,20 @@ class Experiment:
         other = Experiment.__new__(Experiment)
         other.__dict__.update(self.__dict__)
         other._tests = {**self._tests, **tests}
+        return other
+
+    def member(self, checkpoint: str) -> Experiment:
+        """Return the experiment of one checkpoint: its weights are the model's, its data sets the same objects.
+
+        Raises:
+            RequestError: there is none of this name, or it does not fit the model.
+        """
+        if checkpoint not in self.checkpoints:
+            known = ", ".join(self.checkpoints) or "none"
+            raise RequestError(f"no checkpoint {checkpoint!r}; the experiment has: {known}")
+        other = Experiment.__new__(Experiment)
+        other.__dict__.update({**self.__dict__, "_train": self.train})
+        other._model, other.checkpoints = loaded(self.model, checkpoint, self.checkpoints[checkpoint]), {}
         return other
 
     def train_ids(self) -> Array:

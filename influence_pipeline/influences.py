@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
     import xarray
     from torch.utils.data import Dataset, Subset
 
+Found = TypeVar("Found")
 Side = Literal["helpful", "harmful"]
 Which = Literal["influential", "helpful", "harmful", "not-harmful"]
 NOT_STORED = "scores were not stored (influence.store_scores = false): only rankings are there"
 
 
 class Influences:
-    """The influence of N training samples on T test samples.
+    """The influence of N training samples on T test samples, by one model or the combined scores of several.
 
     ``scores[t, i]`` predicts the measurement of test sample t after training without sample i, minus what it is
     now. For a loss, positive is helpful and negative is harmful; for a task with ``higher_is_better`` it is the
@@ -43,6 +45,8 @@ class Influences:
             training set got longer.
         offset: (T,) what to add to a row to predict retraining on a mean over N − 1 samples.
         seconds: spent by this process on computing them, 0 where all was cached.
+        combination: "mean" or "sum" where these are the combined scores of several models, "" where they are of one.
+        weights: what the scores of each of these models were multiplied by, by the names of their results.
     """
 
     def __init__(self, cache: Cache, group: Group, seconds: float = 0.0) -> None:
@@ -57,15 +61,20 @@ class Influences:
         self.offset: Array = group.array("offset")[:]
         self.curvature_samples = int(group.array("curvature_samples")[()])
         self.seconds = seconds
-        self._solved = cache.find("s_test", identity["s_test"])
+        self.combination: str = identity.get("combination", "")
+        self.weights: dict[str, float] = identity.get("members", {})
         gradients = "newton" if "newton" in identity else "grad_z"
-        self._trained = cache.find(gradients, identity[gradients])
+        # Combined scores are made of none of these themselves.
+        self._solved = None if self.weights else cache.find("s_test", identity["s_test"])
+        self._trained = None if self.weights else cache.find(gradients, identity[gradients])
         prepared = self._solved.attributes["reads"].get("curvature") if self._solved else None
         self._prepared = cache.find("curvature", prepared) if prepared else None
 
     @classmethod
     def open(cls, cache: Path | str, tests: str, key: str | None = None) -> Influences:
         """Open results by the name of their test set; by key, too, where several are cached.
+
+        Where scores of several models were combined, these are opened, and those of one of the models by key alone.
 
         Raises:
             MissingStage: nothing is cached, or it is not complete.
@@ -75,12 +84,12 @@ class Influences:
         folder = Cache(cache)
         found = [
             group
-            for group in folder.groups("influence")
-            if group.attributes["tests"] == tests and key in (None, group.path.name.removeprefix(f"{tests}-"))
+            for group in cached_results(folder, tests, with_members=key is not None)
+            if key in (None, group.path.name.removeprefix(f"{tests}-"))
         ]
         if not found:
             refuse_damaged(folder, tests)
-            there = sorted({group.attributes["tests"] for group in folder.groups("influence")}) or ["nothing"]
+            there = sorted({group.attributes["tests"] for group in cached_results(folder)}) or ["nothing"]
             what = f"{tests!r}" + (f" with key {key}" if key else "")
             raise MissingStage(f"no results for {what} in {folder.path}; there is: {', '.join(there)}")
         if len(found) > 1:
@@ -113,6 +122,12 @@ class Influences:
             raise RequestError("scores were not stored (influence.store_scores = false): only rankings are there")
         return self._group.zarr_array("scores")
 
+    @functools.cached_property
+    def members(self) -> tuple[Influences, ...]:
+        """The results of each model whose scores were combined; none where these are of one, or that were removed."""
+        groups = [self._cache.find("influence", name) for name in self.weights]
+        return tuple(Influences(self._cache, group) for group in groups if group is not None and group.finished)
+
     @property
     def stored(self) -> bool:
         """Whether all scores are there, not only rankings."""
@@ -136,18 +151,38 @@ class Influences:
 
     @property
     def residual(self) -> Array | None:
-        """The solver's evidence, |v − (H + λI) x| / |v| for each test, (T,); None where s_test was removed."""
+        """The solver's evidence, |v − (H + λI) x| / |v| for each test, (T,); None where s_test was removed.
+
+        Of several models the largest.
+        """
+        if self.weights:
+            found = self._of_members(lambda one: one.residual)
+            return None if found is None else np.max(found, axis=0)
         return None if self._solved is None else np.asarray(self._solved.array("residual")[:])
 
     @property
     def damping(self) -> float | None:
-        """λ, absolute; None where s_test was removed."""
+        """λ, absolute; None where s_test was removed, or where several models have each their own."""
+        if self.weights:
+            found = self._of_members(lambda one: one.damping)
+            return found[0] if found is not None and len(set(found)) == 1 else None
         return None if self._solved is None else float(self._solved.array("damping")[0])
 
     @property
     def gradient_norm(self) -> float | None:
-        """How far the model is from an optimum, |ḡ + l2·θ|, where influence assumes 0; None where not measured."""
+        """How far the model is from an optimum, |ḡ + l2·θ|, where influence assumes 0; None where not measured.
+
+        Of several models the largest.
+        """
+        if self.weights:
+            found = self._of_members(lambda one: one.gradient_norm)
+            return None if found is None else max(found)
         return None if self._prepared is None else float(self._prepared.array("gradient_norm")[()])
+
+    def _of_members(self, asked: Callable[[Influences], Found | None]) -> list[Found] | None:
+        """Ask all models whose scores were combined; None where one of them does not know."""
+        found = [value for value in map(asked, self.members) if value is not None]
+        return found if len(found) == len(self.weights) else None
 
     def by_parameter(
         self,
@@ -177,6 +212,8 @@ class Influences:
             RequestError: an id or a glob is not there, or the parameters share their coordinates.
             MissingStage: gradients or solutions are not in the cache, or others than these scores are of.
         """
+        if self.weights:
+            return self._by_parameter_of_members(samples, tests, layers)
         solved, trained = self._inputs("scores by parameter")
         columns = columns_by_parameter(trained.attributes["identity"])
         names = grouped(list(columns), layers)
@@ -186,6 +223,35 @@ class Influences:
         found = products(solved, trained, rows, ids, columns)
         of_names = {name: np.sum([found.pop(one) for one in own], axis=0) for name, own in names.items()}
         return {name: (total / self.curvature_samples).astype(np.float32) for name, total in of_names.items()}
+
+    def _by_parameter_of_members(
+        self, samples: Sequence[int] | Array, tests: Sequence[int] | Array | None, layers: Sequence[str]
+    ) -> dict[str, Array]:
+        """Combine the parts of each model's scores as these were.
+
+        Raises:
+            MissingStage: scores of a model are not in the cache, or others than these are combined of.
+        """
+        members = self.members
+        for block in self._group.layout.grid:
+            record = self._group.record(block)
+            now = read_by_combined(block, [(one._group.layout.grid, one._content) for one in members])
+            if record is None or record.inputs != now:
+                raise MissingStage(
+                    "no scores by parameter: those of a model were removed, or are others than these are combined of: "
+                    "run the pipeline again"
+                )
+        parts: dict[str, Array] = {}
+        for one, weight in zip(members, self.weights.values(), strict=True):
+            for name, part in one.by_parameter(samples, tests, layers=layers).items():
+                more = weight * part.astype(np.float64)
+                parts[name] = parts[name] + more if name in parts else more
+        return {name: part.astype(np.float32) for name, part in parts.items()}
+
+    def _content(self, block: Block) -> bytes | None:
+        """Return a digest of what a block of scores holds, None where it is not there."""
+        record = self._group.record(block)
+        return None if record is None else record.content
 
     def relative_scores(self, relative: Relative, tests: Sequence[int] | Array | None = None) -> Array:
         """Return scores relative to norms, (t, N) float32.
@@ -394,6 +460,8 @@ class Influences:
 
     def labels(self) -> tuple[Array | None, Array | None]:
         """Return the labels of tests (T,) and training samples (N,), float64; None where they are not cached."""
+        if self.weights:
+            return self.members[0].labels() if self.members else (None, None)
         tests = None if self._solved is None else self._solved.array("label")[:]
         trains = None if self._trained is None else self._trained.array("label")[:]
         return tests, trains
@@ -403,7 +471,10 @@ class Influences:
         return None if self._solved is None else np.asarray(self._solved.array("measurement")[:])
 
     def losses(self) -> Array | None:
-        """Return the training losses, (N,) float32; None where gradients are not cached."""
+        """Return the training losses, (N,) float32; of several models the mean; None where gradients are not cached."""
+        if self.weights:
+            found = self._of_members(lambda one: one.losses())
+            return None if found is None else np.asarray(np.mean(found, axis=0, dtype=np.float32))
         return None if self._trained is None else np.asarray(self._trained.array("loss")[:])
 
     def __len__(self) -> int:
@@ -459,6 +530,11 @@ class Influences:
         """
         if relative not in KINDS:
             raise RequestError(f"relative = {relative!r}: must be one of {', '.join(map(repr, KINDS))}")
+        if self.weights:
+            raise RequestError(
+                "relative scores are of one model, and these are combined of several: ask one of `members`, or the "
+                "pipeline of one, pipeline.members[…]"
+            )
         if not self.stored:
             raise RequestError(
                 "relative scores are made of the stored ones, and these were not (influence.store_scores = false): "
@@ -587,6 +663,21 @@ def read_by_scores(
     return digest([solutions, gradients, curvature_samples.to_bytes(8, "little"), train_ids[samples], test_ids[tests]])
 
 
+def read_by_combined(block: Block, parts: Iterable[tuple[Grid, Callable[[Block], bytes | None]]]) -> bytes:
+    """Return a digest of what a block of combined scores is of.
+
+    Args:
+        block: of theirs.
+        parts: of each model the grid of its scores, and what gives the digest of a block, None where it is not there.
+    """
+    found = []
+    for grid, content in parts:
+        bands = zip(grid.axes, (block.bounds[axis.name] for axis in grid.axes), strict=True)
+        spans = [range(part.start // axis.band, -(-part.stop // axis.band)) for axis, part in bands]
+        found += [content(grid.block(index)) or b"missing" for index in itertools.product(*spans)]
+    return digest(found)
+
+
 def covering(grid: Grid, part: slice) -> Sequence[Block]:
     """Return the blocks of a one-dimensional grid that cover a part of it."""
     band = grid.axes[0].band
@@ -609,14 +700,52 @@ def _positions(known: Array, ids: Sequence[int] | Array, of: str) -> Array:
     return np.array([found[int(one)] for one in ids], np.int64)
 
 
+def cached_results(cache: Cache, tests: str | None = None, *, with_members: bool = False) -> list[Group]:
+    """Return results of a test set, or all: combined ones, and those of one model that none of these is made of.
+
+    Args:
+        cache: where.
+        tests: the test set.
+        with_members: also those that some are made of.
+
+    Raises:
+        CacheDamaged: the description of a combined result is, so that it is not known what that is made of.
+    """
+    there = [path for path in cache.paths("combined") if tests in (None, path.name.rpartition("-")[0])]
+    combined = [Group(path) for path in there]
+    members = {name for group in combined for name in group.attributes["identity"]["members"]}
+    return [
+        *combined,
+        *(
+            group
+            for group in cache.groups("influence")
+            if tests in (None, group.attributes["tests"]) and (with_members or group.path.name not in members)
+        ),
+    ]
+
+
 def _whole_identity(cache: Cache, group: Group) -> dict[str, Any]:
     """Return what results depend on, with what was read for them in the place of its keys."""
     identity = dict(group.attributes["identity"])
+    if "members" in identity:
+        combination, members = identity.pop("combination"), identity.pop("members")
+        first = cache.find("influence", min(members))
+        whole = {} if first is None else _whole_identity(cache, first)
+        whole.pop("weights", None)
+        return {**whole, **identity, "combined": described(combination, members)}
     for stage, name in group.attributes["reads"].items():
         del identity[stage]
         read = cache.find(stage, name)
         identity |= read.attributes["identity"] if read else {stage: name}
     return identity
+
+
+def described(combination: str, members: Mapping[str, float]) -> str:
+    """Say what is combined, and how."""
+    keys = {name.rpartition("-")[2]: weight for name, weight in members.items()}
+    if combination == "mean":
+        return f"mean of {len(keys)}: {', '.join(keys)}"
+    return f"sum of {len(keys)}: {' + '.join(f'{weight:g} · {key}' for key, weight in keys.items())}"
 
 
 def refuse_damaged(cache: Cache, tests: str | None = None) -> None:
@@ -625,6 +754,6 @@ def refuse_damaged(cache: Cache, tests: str | None = None) -> None:
     Raises:
         CacheDamaged: one is.
     """
-    for path in cache.paths("influence"):
+    for path in (*cache.paths("influence"), *cache.paths("combined")):
         if tests in (None, path.name.rpartition("-")[0]):
             Group(path)

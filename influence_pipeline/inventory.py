@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 
 from influence_pipeline.cache import FOLDERS, GROUND_TRUTH, Cache, Group
 from influence_pipeline.errors import CacheDamaged, RequestError
+from influence_pipeline.influences import described
+from influence_pipeline.place import read_paths
 from influence_pipeline.plan import show_bytes
 
 RECEIPTS = {
@@ -73,22 +75,19 @@ def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
         CacheDamaged: a description is, so that it is not known what it refers to.
     """
     keep = set(wanted)
-    for group in map(Group, cache.paths("influence")):
-        if group.finished:
-            keep |= {group.path, *_reads(cache, group.attributes["reads"])}
+    for stage in ("combined", "influence"):  # in this order: the former are made of the latter
+        for group in map(Group, cache.paths(stage)):
+            if group.finished or group.path in keep:
+                keep |= {group.path, *read_paths(cache.path, group.attributes["reads"])}
     for group in map(Group, cache.paths("self_influence")):
         if cache.path / "grad_z" / group.attributes["reads"]["grad_z"] in keep:
             keep.add(group.path)
     for stage in ("s_test", "newton", "self_influence", "curvature"):  # a curvature is read by all of these
         for group in map(Group, cache.paths(stage)):
             if group.path in keep:
-                keep |= _reads(cache, group.attributes["reads"])
+                keep.update(read_paths(cache.path, group.attributes["reads"]))
     folders = [stage for stage in FOLDERS if stage not in GROUND_TRUTH]
     return [path for stage in folders for path in cache.paths(stage) if path not in keep and _may_go(path)]
-
-
-def _reads(cache: Cache, reads: Mapping[str, str]) -> set[Path]:
-    return {cache.path / stage / name for stage, name in reads.items()}
 
 
 def _may_go(path: Path) -> bool:
@@ -127,6 +126,8 @@ def _brief(stage: str, identity: dict[str, Any]) -> str:
     if stage == "influence":
         names = [name for name in ("grad_z", "newton", "s_test", "top_k") if name in identity]
         return ", ".join(f"{name} {identity[name]}" for name in names)
+    if stage == "combined":
+        return described(identity["combination"], identity["members"])
     if stage == "retrained":
         left_out = ", ".join(f"{name} {value}" for name, value in identity["left_out"].items())
         how = f"{identity['retrain']['function']}, seed {identity['seed']}"

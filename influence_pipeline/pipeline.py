@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from influence_pipeline import checks, inventory, report, room, runner
-from influence_pipeline.cache import Cache, Group, nearest
+from influence_pipeline.cache import Cache, Group, key_of, nearest
 from influence_pipeline.checks import Verification
+from influence_pipeline.combined import Part, combined_place, named, part
 from influence_pipeline.context import Context
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
 from influence_pipeline.evaluate import Evaluation, evaluate
 from influence_pipeline.evaluate.left_out import listed
 from influence_pipeline.evaluate.truth import Measured, Truth
-from influence_pipeline.experiment import Experiment, load
+from influence_pipeline.experiment import Experiment, load, weights_hash
 from influence_pipeline.influences import Influences
-from influence_pipeline.place import Place
+from influence_pipeline.place import Place, read_paths
 from influence_pipeline.plan import LARGE_BYTES, Plan, StagePlan, Suggestion, Timing, show_bytes
 from influence_pipeline.runner import Outcome
 from influence_pipeline.self_influences import SelfInfluence
 from influence_pipeline.settings import Settings
 from influence_pipeline.work import DIGESTS, Work, pending
 from influence_pipeline.works import Works
+from stages.stage import Array
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +79,7 @@ class Pipeline:
         self._token = uuid.uuid4().hex
         self._seconds: dict[str, float] = {}
         self._hinted = False
+        self._member_of: tuple[Pipeline, str] | None = None
 
     @classmethod
     def from_toml(cls, path: Path | str, *, keep_curvature: bool = False) -> Pipeline:
@@ -94,7 +100,11 @@ class Pipeline:
     @functools.cached_property
     def _works(self) -> Works:
         """The loaded experiment's stages."""
-        context = Context(_experiment(self._source), self.settings)
+        if self._member_of is None:
+            context = Context(_experiment(self._source), self.settings)
+        else:
+            whole, checkpoint = self._member_of
+            context = whole._works.context.member(checkpoint)
         return Works(context, self.cache, keep_curvature=self._keep_curvature)
 
     @property
@@ -106,6 +116,29 @@ class Pipeline:
     def tests(self) -> tuple[str, ...]:
         """The names of the test sets."""
         return self.experiment.test_names
+
+    @functools.cached_property
+    def members(self) -> Mapping[str, Pipeline]:
+        """A pipeline over the same cache for each checkpoint of the experiment; none where it has no checkpoints.
+
+        What is called for all of them goes from one to the next, and holds the model of one at a time.
+
+        Raises:
+            RequestError: a checkpoint does not fit the model, or two are the same.
+        """
+        found, known = dict[str, Pipeline](), dict[str, str]()
+        for name in self.experiment.checkpoints:
+            weights = weights_hash(self.experiment.member(name).model)
+            if weights in known:
+                raise RequestError(
+                    f"checkpoints {known[weights]!r} and {name!r} are the same weights: name them once (in a sum, with "
+                    "the sum of their weights)"
+                )
+            known[weights] = name
+            member = Pipeline(self._source, self.cache.path, self.settings, keep_curvature=self._keep_curvature)
+            member._member_of, member._token = (self, name), self._token
+            found[name] = member
+        return found
 
     # ---- the stages ----------------------------------------------------------------------------------------------
 
@@ -125,6 +158,8 @@ class Pipeline:
         """
         if not self.settings.grad_z.store:
             raise RequestError("grad_z.store = false: gradients are computed when influence asks for them")
+        if self.members:
+            return _together(self._each(lambda member: member.grad_z(new=new)))
         place = self._works.grad_z_place()
         self._mend(place, *self._works.curvature_places())
         if not new and not self._exists(place):
@@ -137,6 +172,8 @@ class Pipeline:
         Raises:
             RequestError: the settings ask for no correction, or one sample's outputs × D exceed the memory.
         """
+        if self.members:
+            return _together(self._each(Pipeline.newton))
         place, prepared = self._works.gradients_place(), self._works.curvature_places()
         if place.stage != "newton":
             raise RequestError('no correction is asked for: set [influence] correction = "newton"')
@@ -156,6 +193,8 @@ class Pipeline:
             MissingStage: the solver is made of the gradients, and these are not complete.
             CacheMismatch: the test set has changed.
         """
+        if self.members:
+            return _together(self._each(lambda member: member.s_test(tests)))
         place, prepared = self._works.s_test_place(tests), self._works.curvature_places()
         self._mend(self._works.grad_z_place(), *prepared, place)
         for read in self._works.read_by_s_test():
@@ -174,9 +213,11 @@ class Pipeline:
         as much for each as for a test sample. ``plan(self_influence=True)`` counts them.
 
         Raises:
+            RequestError: the experiment has several checkpoints.
             MissingStage: gradients are not complete; the message has the call that makes them.
             CacheDamaged: what was written is damaged again and again.
         """
+        self._refuse_several("self_influence")
         works = self._works
         place, gradients, prepared = works.self_influence_place(), works.grad_z_place(), works.curvature_places()
         self._mend(gradients, *prepared)
@@ -204,6 +245,8 @@ class Pipeline:
             CacheDamaged: what was written is damaged again and again.
         """
         names = self._named(tests)
+        if self.members:
+            return self._combined(names, lambda member: member.influences(*names))
         self._mend(*self._places(names), self._works.grad_z_place())
         for place in self._works.read_by_influence(names):
             self._check_data(place)
@@ -275,10 +318,18 @@ class Pipeline:
         """
         found, truth, settings, own = self.run(*tests), self._truth, self.settings.evaluate, None
         if settings.self_influence and self.experiment.mislabelled is not None:
-            if self.settings.grad_z.store:
-                self.grad_z()
-            own = self.self_influence().values
+            own = self._own_influence()
         return {name: evaluate(truth, influences, settings, told, own) for name, influences in found.items()}
+
+    def _own_influence(self) -> Array:
+        """Return the self-influence of all training samples, (N,); of several checkpoints combined as scores are."""
+        if self.members:
+            found = self._each(lambda member: (member._weight, member._own_influence())).values()
+            factors = [1 / len(found) if weight is None else weight for weight, _ in found]
+            return np.asarray(np.einsum("m,mn->n", factors, [values for _, values in found]))
+        if self.settings.grad_z.store:
+            self.grad_z()
+        return self.self_influence().values
 
     def retrained(self, tests: str, left_out: Sequence[Sequence[int]], seeds: int = 1) -> Measured:
         """Train models without some training samples, if they are not cached, and measure them at a test set.
@@ -334,11 +385,13 @@ class Pipeline:
 
         Args:
             tests: the test sets whose samples are read again; all where none is given.
-            sample: how many random training gradients to compute again.
+            sample: how many random training gradients to compute again, of each checkpoint where there are several.
         """
         names = tests or self.tests
         # What is damaged stands in what is returned, so that it is not said at once, too.
-        return checks.verify(self._works, names, sample, lambda: self._mend(*self._known(), said=logging.INFO))
+        return checks.verify(
+            self._works, names, sample, lambda: self._mend_known(logging.INFO), lambda: self._each_works()
+        )
 
     def refresh(self, *tests: str) -> dict[str, list[int]]:
         """Read all samples again, and discard what is cached of those that changed, for the next run to compute.
@@ -347,7 +400,10 @@ class Pipeline:
             The positions of changed samples by data set.
         """
         self._token = uuid.uuid4().hex  # so that workers load the data anew
-        return checks.refresh(self._works, tests or self.tests)
+        names = tests or self.tests
+        if self.members:
+            return self._united(lambda member: member.refresh(*names))
+        return checks.refresh(self._works, names)
 
     def accept_data(self, *tests: str) -> dict[str, list[int]]:
         """Read all samples again, and let what is cached stand for those that changed, if the model sees no change.
@@ -359,7 +415,10 @@ class Pipeline:
             CacheMismatch: the model gives other gradients for some of them.
         """
         self._token = uuid.uuid4().hex  # so that workers load the data anew
-        return checks.accept(self._works, tests or self.tests)
+        names = tests or self.tests
+        if self.members:
+            return self._united(lambda member: member.accept_data(*names))
+        return checks.accept(self._works, names)
 
     def run(self, *tests: str, new: bool = False) -> dict[str, Influences]:
         """Do all that is missing, for some test sets or all of them.
@@ -376,6 +435,8 @@ class Pipeline:
             WorkError: something was removed meanwhile.
         """
         names = self._named(tests)
+        if self.members:
+            return self._combined(names, lambda member: member.run(*names, new=new))
         if self.settings.influence.correction:
             self.newton()
         elif self.settings.grad_z.store:
@@ -397,23 +458,41 @@ class Pipeline:
             self_influence: also what :meth:`self_influence` would take, which is no part of a run and not measured.
         """
         names, context = self._named(tests), self._works.context
-        places = self._places(names)
         if self_influence:
-            places.append(self._works.self_influence_place())
-        for place in places:
-            self._check_data(place)
-        timings = self._measure(names) if measure else {}
+            self._refuse_several("self_influence")
         title = (
             f"{len(context.train)} training samples × {context.dim} coordinates, "
             f"tests: {', '.join(f'{name} ({len(context.test(name))})' for name in names)}, "
             f"device {context.device}, cache {self.cache.path}"
         )
-        over, count = self._works.curvature_samples, len(context.train)
-        if over != count:
+        stages = self._stages(names, measure=measure, self_influence=self_influence)
+        over, count = 0 if self.members else self._works.curvature_samples, len(context.train)
+        if over not in (0, count):
             title += f"\nH and 1/N are of the first {over} of {count} training samples (kept)"
-        stages = tuple(self._plan(place, timings.get(place.name)) for place in places)
         found = Plan(title, stages, room.free_bytes(self.cache.path), room.SPARE)
         return replace(found, suggestions=tuple(self._smaller(found)))
+
+    def _stages(self, tests: Sequence[str], *, measure: bool, self_influence: bool) -> tuple[StagePlan, ...]:
+        """Plan all stages; of several checkpoints one after the other, and what combines their scores last."""
+        if self.members:
+            self._refuse_not_stored()
+            found = self._each(
+                lambda member: (
+                    member._stages(tests, measure=measure, self_influence=False),
+                    {name: part(member._works, name, member._weight) for name in tests},
+                )
+            )
+            own = (replace(stage, member=name) for name, (stages, _) in found.items() for stage in stages)
+            parts = [by_tests for _, by_tests in found.values()]
+            places = [combined_place(self._works, name, [one[name] for one in parts]) for name in tests]
+            return (*own, *map(self._plan, places))
+        places = self._places(tests)
+        if self_influence:
+            places.append(self._works.self_influence_place())
+        for place in places:
+            self._check_data(place)
+        timings = self._measure(tests) if measure else {}
+        return tuple(self._plan(place, timings.get(place.name)) for place in places)
 
     def _smaller(self, plan: Plan) -> list[Suggestion]:
         """Suggest smaller gradients where what is to be written may not fit, or is very much."""
@@ -430,7 +509,7 @@ class Pipeline:
                 if not other.complete:
                     needed = other.bytes_expected - other.bytes_on_disk
                     # Other stages' arrays have a column for each coordinate, scores have not.
-                    free -= needed if other.stage == "influence" else needed * dim // context.dim
+                    free -= needed if other.stage in ("influence", "combined") else needed * dim // context.dim
             return free
 
         return room.advice(context, self._works.work(self._works.grad_z_place()), available)
@@ -502,6 +581,8 @@ class Pipeline:
 
     def _known(self) -> list[Place]:
         """Return where all is that may be computed of this experiment as it is."""
+        if self.members:
+            return [*itertools.chain(*self._each(Pipeline._known).values()), *self._combined_places()]
         return [*self._places(self.tests), self._works.self_influence_place()]
 
     def _places(self, tests: Sequence[str]) -> list[Place]:
@@ -512,6 +593,104 @@ class Pipeline:
         for name in tests:
             places += [works.s_test_place(name), works.influence_place(name)]
         return places
+
+    # ---- several checkpoints -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _at_hand(self) -> Iterator[Pipeline]:
+        """Give this pipeline, and let its model go afterwards: another checkpoint's takes its place."""
+        try:
+            yield self
+        finally:
+            if (works := self.__dict__.pop("_works", None)) is not None:
+                works.context.close()
+
+    def _each(self, do: Callable[[Pipeline], Result]) -> dict[str, Result]:
+        """Do something with the pipeline of each checkpoint, one after the other."""
+        found = {}
+        for name, member in self.members.items():
+            with member._at_hand():
+                found[name] = do(member)
+        return found
+
+    def _united(self, found: Callable[[Pipeline], Mapping[str, list[int]]]) -> dict[str, list[int]]:
+        """Return positions by data set that any checkpoint finds; each looks at what is cached of it alone."""
+        united: dict[str, set[int]] = {}
+        for member in self.members.values():
+            self._works.context.forget()
+            with member._at_hand():
+                for name, positions in found(member).items():
+                    united.setdefault(name, set()).update(positions)
+        return {name: sorted(positions) for name, positions in united.items()}
+
+    def _each_works(self) -> Iterator[Works]:
+        """Yield the stages of each checkpoint, one after the other; of the experiment where it has none."""
+        if not self.members:
+            yield self._works
+        for member in self.members.values():
+            with member._at_hand():
+                yield member._works
+
+    @property
+    def _weight(self) -> float | None:
+        """What the scores of this checkpoint are multiplied by; None where it has no weight."""
+        assert self._member_of is not None
+        whole, checkpoint = self._member_of
+        return whole.experiment.checkpoints[checkpoint].weight
+
+    def _combined_places(self) -> list[Place]:
+        """Return where the combined scores of all test sets are."""
+        if not self.settings.influence.store_scores:
+            return []
+        found = self._each(lambda one: [named(one._works, name, one._weight) for name in self.tests]).values()
+        return [combined_place(self._works, *args) for args in zip(self.tests, zip(*found, strict=True), strict=True)]
+
+    def _combined(
+        self, tests: Sequence[str], scored: Callable[[Pipeline], Mapping[str, Influences]]
+    ) -> dict[str, Influences]:
+        """Have the scores of all checkpoints computed, and combine them.
+
+        Args:
+            tests: names of test sets.
+            scored: computes the scores of one checkpoint.
+        """
+        self._refuse_not_stored()
+
+        def parts_of(member: Pipeline) -> tuple[Mapping[str, Influences], list[Part]]:
+            results = scored(member)  # first, so that these are there
+            return results, [part(member._works, name, member._weight) for name in tests]
+
+        found = self._each(parts_of).values()
+        combined = {}
+        for number, name in enumerate(tests):
+            place = combined_place(self._works, name, [parts[number] for _, parts in found])
+            combined[name] = self._influence(place, ())
+            combined[name].seconds += sum(results[name].seconds for results, _ in found)
+        return combined
+
+    def _refuse_several(self, what: str) -> None:
+        """Refuse what there is of one model alone.
+
+        Raises:
+            RequestError: the experiment has several.
+        """
+        if self.members:
+            raise RequestError(
+                f"{what} is of one model, and the experiment has {len(self.members)} checkpoints: ask one of them, "
+                f"pipeline.members[{next(iter(self.members))!r}].{what}()"
+            )
+
+    def _refuse_not_stored(self) -> None:
+        """Refuse to combine scores that are not kept.
+
+        Raises:
+            RequestError: the settings say so.
+        """
+        if not self.settings.influence.store_scores:
+            raise RequestError(
+                "influence.store_scores = false, and the scores of checkpoints are combined of those that are stored: "
+                "store them, or ask the checkpoints one by one, pipeline.members[…].run()"
+            )
 
     # ---- running -------------------------------------------------------------------------------------------------
 
@@ -544,7 +723,7 @@ class Pipeline:
                     last = str(damage)
                     log.warning("%s", damage)
                     if damage.path is None:
-                        self._mend(*self._known())
+                        self._mend_known()
                     else:
                         self._again(damage.path, place.models)
             return self._run_once(place, beside, measure=measure)
@@ -555,9 +734,10 @@ class Pipeline:
         Raises:
             WorkError: they did.
         """
-        reads = {stage: name for stage, name in place.reads.items() if stage != "grad_z" or self.settings.grad_z.store}
-        for stage, name in {place.stage: place.name, **reads}.items():
-            if not (folder := self.cache.path / stage / name).is_dir():
+        read = read_paths(self.cache.path, place.reads)
+        needed = [path for path in read if path.parent.name != "grad_z" or self.settings.grad_z.store]
+        for folder in (self.cache.path / place.stage / place.name, *needed):
+            if not folder.is_dir():
                 raise WorkError(
                     f"{folder} is gone: it was removed, or its disk taken away, while {place.stage} was computed. "
                     "The next run makes it anew"
@@ -565,6 +745,8 @@ class Pipeline:
 
     def _run_once(self, place: Place, beside: Sequence[Place] = (), *, measure: bool = False) -> Outcome:
         runtime = self.settings.runtime
+        if place.parts:  # reads more than it computes
+            runtime = runtime.model_copy(update={"workers": 1})
         for other in beside:
             self._open(other)
         group = self._open(place)
@@ -576,9 +758,12 @@ class Pipeline:
             with self._sent() as source:
                 rebuild = functools.partial(
                     _rebuild,
-                    *(self._token, source, self.settings, str(self.cache.path), place, self._works.context.weights),
+                    *(self._token, source, self.settings, str(self.cache.path), place),
+                    # Where there are checkpoints, the model's own weights count for nothing.
+                    None if self.members else self._works.context.weights,
                     keep_curvature=self._keep_curvature,
                     beside=beside,
+                    checkpoint=self._member_of[1] if self._member_of else None,
                 )
                 return runner.run(work, group, runtime, rebuild, f"{self._token} {place.stage} {place.name}", fits)
         except CacheDamaged as damage:
@@ -593,6 +778,10 @@ class Pipeline:
         for place in places:
             if place is not None and self.cache.path / place.stage / place.name == path:
                 self._run_once(place)
+        for member in self.members.values() if path.parent.name == "influence" else ():
+            with member._at_hand():
+                damaged = [name for name in self.tests if member._works.influence_place(name).name == path.name]
+                member.influences(*damaged) if damaged else None
 
     @contextmanager
     def _sent(self) -> Iterator[str | Path]:
@@ -617,6 +806,14 @@ class Pipeline:
                 except CacheDamaged as damage:
                     log.log(said, "%s", damage)
                     self.cache.create(place.stage, place.name, self._works.undamaged(place).layout, place.attributes)
+
+    def _mend_known(self, said: int = logging.WARNING) -> None:
+        """Mend the damaged descriptions of all that may be computed of this experiment as it is."""
+        if self.members:
+            self._each(lambda member: member._mend_known(said))
+            self._mend(*self._combined_places(), said=said)
+        else:
+            self._mend(*self._known(), said=said)
 
     def _open(self, place: Place) -> Group:
         """Return the group of a stage, of the size that the work has now.
@@ -701,12 +898,18 @@ class Pipeline:
         self._hinted = True
 
     def _cached_gradients(self) -> list[dict[str, Any]]:
-        """Return the identities of all gradients of the training set of which something is cached."""
-        return [
+        """Return the identities of all gradients of the training set of which something is cached.
+
+        For one of several checkpoints none, where the same is cached of others: another is what was asked for.
+        """
+        found: list[dict[str, Any]] = [
             group.attributes["identity"]
             for group in self.cache.groups("grad_z")
             if group.attributes["identity"]["train"] == self.experiment.train_name and group.progress()[0]
         ]
+        own = self._works.context.grad_z_identity()
+        same = any(key_of({**other, "weights": own["weights"]}) == key_of(own) for other in found)
+        return [] if self._member_of and same else found
 
     def _grown(self, place: Place, group: Group) -> tuple[str, ...]:
         """Say where a stage is computed anew because the training set got longer."""
@@ -757,11 +960,19 @@ def _experiment(source: Source) -> Experiment:
     return made
 
 
+def _together(outcomes: Mapping[str, Outcome]) -> Outcome:
+    """Return what was done of a stage for several checkpoints."""
+    found = outcomes.values()
+    computed, total = sum(one.computed for one in found), sum(one.total for one in found)
+    return Outcome(computed, total, sum(one.seconds for one in found))
+
+
 def _other_name(place: Place) -> str:
     return "for this test set" if place.tests else "(train_name)"
 
 
-_loaded: dict[str, Context] = {}
+_loaded: dict[tuple[str, str], Context] = {}
+"""Contexts by their pipeline's token and the checkpoint, "" for the experiment's own model."""
 
 
 def _rebuild(
@@ -770,17 +981,22 @@ def _rebuild(
     settings: Settings,
     cache: str,
     place: Place,
-    weights: str,
+    weights: str | None,
     *,
     keep_curvature: bool,
     beside: Sequence[Place] = (),
+    checkpoint: str | None = None,
 ) -> tuple[Work, Group]:
     """Make the work of a stage in a worker process, which keeps model and data for the pipeline's next stage."""
-    if token not in _loaded:
+    if (token, "") not in _loaded:
         _loaded.clear()
         experiment = _experiment(runner.take_shared(source) if isinstance(source, Path) else source)
-        _loaded[token] = Context(experiment, settings, weights)
-    works = Works(_loaded[token], Cache(cache), keep_curvature=keep_curvature)
+        _loaded[token, ""] = Context(experiment, settings, None if checkpoint else weights)
+    if (token, checkpoint or "") not in _loaded:
+        for other in [key for key in _loaded if key[1]]:  # one checkpoint's model at a time
+            del _loaded[other]
+        _loaded[token, str(checkpoint)] = _loaded[token, ""].member(str(checkpoint), weights)
+    works = Works(_loaded[token, checkpoint or ""], Cache(cache), keep_curvature=keep_curvature)
     works.expect()
     for each in (place, *beside):
         if each.tests is not None:

@@ -7,6 +7,7 @@ A grid is a function of D, the number of coordinates, alone, so that it is the s
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -318,6 +319,7 @@ class StagePlan:
         differs: for a miss, how the identity differs from the nearest that is cached.
         timing: what blocks took where they were measured now.
         seconds: that are left to a run by that.
+        member: the checkpoint that it is of, where there are several.
     """
 
     stage: str
@@ -335,6 +337,7 @@ class StagePlan:
     differs: tuple[str, ...] = ()
     timing: Timing | None = None
     seconds: float = 0.0
+    member: str = ""
 
     @property
     def complete(self) -> bool:
@@ -388,7 +391,7 @@ class Plan:
     suggestions: tuple[Suggestion, ...] = ()
 
     def __getitem__(self, stage: str) -> StagePlan:
-        """Return the plan of one stage."""
+        """Return the plan of one stage, of the first checkpoint where there are several."""
         return next(plan for plan in self.stages if plan.stage == stage)
 
     @property
@@ -413,7 +416,9 @@ class Plan:
 
     def __str__(self) -> str:
         """Show it as a table."""
-        lines, missing = [self.title, *map(str, self.stages)], [plan for plan in self.stages if not plan.complete]
+        lines, missing = [self.title], [plan for plan in self.stages if not plan.complete]
+        for member, stages in itertools.groupby(self.stages, lambda plan: plan.member):
+            lines += [*([f"checkpoint {member}:"] if member else []), *map(str, stages)]
         if self.bytes_needed:
             how = "" if all(plan.measured for plan in missing) else "at most "
             files = sum(max(0, plan.files_expected - plan.files) for plan in missing)
@@ -426,7 +431,7 @@ class Plan:
                 lines.append("would take less:" if self.fits else "would fit:")
                 lines += [f"  {suggestion}" for suggestion in self.suggestions]
         if any(plan.timing for plan in self.stages):
-            unknown = [plan.stage for plan in missing if plan.timing is None]
+            unknown = list(dict.fromkeys(plan.stage for plan in missing if plan.timing is None))
             beside = f", and {', '.join(unknown)}, which could not be measured" if unknown else ""
             lines.append(f"to go: about {show_seconds(self.seconds)}{beside}")
         return "\n".join(lines)

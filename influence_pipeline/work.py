@@ -9,11 +9,13 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from influence_pipeline.cache import Group, Layout
 from influence_pipeline.cache.claims import Claim
 from influence_pipeline.cache.record import NOTHING, Record, digest
 from influence_pipeline.cache.writing import BlockWriting
+from influence_pipeline.errors import MissingStage
 from influence_pipeline.samples import DIGEST_BYTES, DataSet
 from influence_pipeline.signals import shielded
 from stages.stage import Array, ArrayLike, ArraySpec, Block, Progress, Stage
@@ -163,6 +165,22 @@ class Work:
                 values[DIGESTS] = self.whole[0].digests(range(self.whole[1]))
             with shielded():
                 group.commit_merged(values)
+
+
+class Absent:
+    """An input that is not there yet: it has a shape, for planning."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        """Say what shape it will have."""
+        self.shape = shape
+
+    def __getitem__(self, index: Any) -> Any:
+        """Refuse to be read.
+
+        Raises:
+            MissingStage: always.
+        """
+        raise MissingStage("an input of this stage is not there yet")
 
 
 def _digests(axis: str, length: int) -> ArraySpec:

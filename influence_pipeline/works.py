@@ -6,12 +6,11 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
-from influence_pipeline import curvature_work, newton, plan, self_influence_work
+from influence_pipeline import combined, curvature_work, newton, plan, self_influence_work
 from influence_pipeline.cache import Cache, Group, group_name
 from influence_pipeline.cache.encoding import round_trip
 from influence_pipeline.cache.record import digest
@@ -22,7 +21,7 @@ from influence_pipeline.influences import covering, read_by_scores
 from influence_pipeline.place import Place
 from influence_pipeline.plan import show_bytes
 from influence_pipeline.samples import DataSet, changed_samples
-from influence_pipeline.work import DIGESTS, Work, pending
+from influence_pipeline.work import DIGESTS, Absent, Work, pending
 from stages.device_batch import DeviceBatch
 from stages.grad_z import ComputedRows, GradZ, PerSample
 from stages.grad_z.choose import choosing_bytes
@@ -54,6 +53,7 @@ class Works:
         self.context, self.cache, self.keep_curvature = context, cache, keep_curvature
         self.settings = context.settings
         self._compared: set[int] = set()
+        self._cut: dict[tuple[Solver, int, int], int] = {}
 
     def find(self, place: Place) -> Group | None:
         """Return the group of a stage, None where there is none."""
@@ -361,6 +361,8 @@ class Works:
                 return retrained_work(self, place) if place.stage == "retrained" else measured_work(self, place)
             if place.stage == "self_influence":
                 return self_influence_work.work(self)
+            if place.stage == "combined":
+                return combined.work(self, place)
             assert place.tests is not None
             if place.stage == "s_test":
                 return self._s_test(place.tests)
@@ -450,10 +452,12 @@ class Works:
         """Training samples whose gradients are in one block."""
         return self._grad_z_stage().grid.axes[0].band
 
-    @functools.cache  # noqa: B019 - one for each pipeline
     def parts(self, solver: Solver, length: int, summed: int) -> int:
         """Into how many parts a solver's preparation cuts what it sums over: as in its group, if that fits."""
-        return curvature_work.parts_there(self, solver) or plan.parts(length, summed)
+        asked = solver, length, summed
+        if asked not in self._cut:
+            self._cut[asked] = curvature_work.parts_there(self, solver) or plan.parts(length, summed)
+        return self._cut[asked]
 
     def _s_test(self, tests: str, stand_in: dict[str, ArrayLike] | None = None) -> Work:
         context, solver = self.context, self.settings.s_test
@@ -597,7 +601,7 @@ class Works:
         )
         data, s_test, over = context.test(tests), self.s_test_place(tests), self.curvature_samples
         solved = self.find(s_test)
-        vectors = _Absent((len(data), context.dim)) if solved is None else solved.rows("vectors")
+        vectors = Absent((len(data), context.dim)) if solved is None else solved.rows("vectors")
         gradients, of_band, computed = self.gradients(self.gradients_place())
         together = sum(len(context.test(str(other.tests))) for other in beside)
         if beside and len(data) + together > bands[0]:
@@ -679,7 +683,7 @@ class Works:
             return ComputedRows(stage, rows), of_band, True
         group, grid = self.find(place), self.work(place).stage.grid
         if group is None:
-            return _Absent((len(context.train), context.dim)), lambda band: digest([]), False
+            return Absent((len(context.train), context.dim)), lambda band: digest([]), False
         return group.rows("gradients"), lambda band: group.contents(covering(grid, band)), False
 
     def memory(self, needed: Callable[[int], int], kinds: Sequence[str], what: str | None) -> int:
@@ -709,16 +713,6 @@ class Works:
                 "raise it, or choose fewer parameters ([grad_z] parameters)"
             )
         return held
-
-
-class _Absent:
-    """An input that is not there yet: it has a shape, for planning."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-
-    def __getitem__(self, index: Any) -> Any:
-        raise MissingStage("an input of this stage is not there yet")
 
 
 class _Random:

@@ -8,6 +8,7 @@
         newton/<key>/           as grad_z, corrected · leverage, residual
         s_test/<set>-<key>/     vectors (test, coordinate) · residual, iterations, … · digests · blocks
         influence/<set>-<key>/  scores (test, sample) · helpful_ids, … (test, rank) · offset · … · blocks
+        combined/<set>-<key>/   as influence, of the scores of several models
         self_influence/<key>/   self_influence, change, residual, … (sample) · blocks
 """
 
@@ -38,7 +39,7 @@ FORMAT = 4
 STAGES = ("grad_z", "curvature", "s_test", "influence")
 """What a run goes through."""
 GROUND_TRUTH = ("retrained", "measured")
-FOLDERS = (*STAGES, "self_influence", "newton", *GROUND_TRUTH)
+FOLDERS = (*STAGES, "combined", "self_influence", "newton", *GROUND_TRUTH)
 """All that may be cached: the stages of a run, and what is computed when it is asked for."""
 ALONE = "layout.claim"
 LEFTOVERS = ("*.partial", "*/zarr.*.partial", "*/*/zarr.*.partial")
