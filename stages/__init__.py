@@ -13,7 +13,7 @@ Nothing here knows of files, processes or progress bars. The stages, and what ea
                        └───────────────────┴──► self_influence   (N,) gᵢᵀ (H + λI)⁻¹ gᵢ / N, where it is asked for
 
 Where it is asked for, ``newton`` is in the place of ``grad_z``: it reads the curvature, too, and its gradients give the
-scores of a whole Newton step.
+scores of a whole Newton step. ``combined`` averages, or sums, the scores that ``influence`` has of several models.
 
 Solvers that are made of G (``fisher``) prepare of it, and solve with it, in the place of model and training set.
 ``scores[t, i]`` predicts the measurement of test sample t after training without sample i, minus what it is now:
