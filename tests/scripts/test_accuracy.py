@@ -38,8 +38,8 @@ def cases(scripts: Path) -> Iterator[ModuleType]:
             sys.modules.pop(name, None)
 
 
-def run(scripts: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(scripts / "accuracy" / "run.py"), "--quick", "--workers", "1", *arguments]
+def run(scripts: Path, *arguments: str, script: str = "run.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(scripts / "accuracy" / script), "--quick", "--workers", "1", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -64,6 +64,15 @@ def test_all_rows_print_and_are_kept(scripts: Path, tmp_path: Path) -> None:
     again = run(scripts, "--folder", str(tmp_path))
     assert again.stdout == done.stdout
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == written_at
+
+    several = run(scripts, "--folder", str(tmp_path), "--only", "table", script="ensembles.py")
+    assert several.returncode == 0, several.stderr
+    cells = [line.split("|")[1:-1] for line in several.stdout.splitlines() if line.startswith("| `")]
+    assert [cell[1].strip() for cell in cells] == ["1", "2", "1", "2"]
+    # The first model is that of the other table.
+    exact = next(line for line in parts[3].splitlines() if line.startswith("| `exact`, λ"))
+    assert cells[0][2].split()[0] == exact.split("|")[2].split()[0]
+    assert all(np.isfinite([float(cell[i].split()[0]) for i in (2, 3, 4)]).all() for cell in cells)
 
 
 def test_unknown_case(scripts: Path) -> None:
