@@ -220,7 +220,8 @@ def evaluate(
 
 def _about(truth: Truth, influences: Influences) -> str:
     solver = truth.works.settings.s_test.solver
-    return solver if influences.damping is None else f"{solver}, λ = {influences.damping:.4g}"
+    several = f", {influences.combination} of {len(influences.weights)} models" if influences.combination else ""
+    return (solver if influences.damping is None else f"{solver}, λ = {influences.damping:.4g}") + several
 
 
 def _singles(influences: Influences, settings: EvaluateSettings, count: int) -> LeftOut:

@@ -345,6 +345,7 @@ def test_evaluation_is_of_the_combined_scores(cache: Path) -> None:
     )
     both = ip.Pipeline(both.experiment, cache, settings)
     found = both.evaluate("holdout")["holdout"]
+    assert found.about == "3 tests × 12 training samples, exact, λ = 0.1, mean of 2 models"
     assert found.lds is not None
     assert found.lds.mean > 0.3
     assert set(found.mislabelled) == {"harm on average", "self-influence", "training loss"}
