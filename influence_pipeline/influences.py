@@ -184,6 +184,10 @@ class Influences:
         found = [value for value in map(asked, self.members) if value is not None]
         return found if len(found) == len(self.weights) else None
 
+    def _mean_of_members(self, asked: Callable[[Influences], Array | None]) -> Array | None:
+        found = self._of_members(asked)
+        return None if found is None else np.asarray(np.mean(found, axis=0, dtype=np.float32))
+
     def by_parameter(
         self,
         samples: Sequence[int] | Array,
@@ -467,14 +471,18 @@ class Influences:
         return tests, trains
 
     def measurements(self) -> Array | None:
-        """Return what influence is asked about at each test, (T,) float32; None where s_test was removed."""
+        """Return what influence is asked about at each test, (T,) float32; None where s_test was removed.
+
+        Of several models the mean.
+        """
+        if self.weights:
+            return self._mean_of_members(lambda one: one.measurements())
         return None if self._solved is None else np.asarray(self._solved.array("measurement")[:])
 
     def losses(self) -> Array | None:
-        """Return the training losses, (N,) float32; of several models the mean; None where gradients are not cached."""
+        """Return the training losses, (N,) float32; None where gradients are not cached. Of several models the mean."""
         if self.weights:
-            found = self._of_members(lambda one: one.losses())
-            return None if found is None else np.asarray(np.mean(found, axis=0, dtype=np.float32))
+            return self._mean_of_members(lambda one: one.losses())
         return None if self._trained is None else np.asarray(self._trained.array("loss")[:])
 
     def __len__(self) -> int:

@@ -348,7 +348,7 @@ class Pipeline:
         """Write results as a page: one HTML file that opens from disk, with what each sample looks like.
 
         What samples look like is said by the experiment's ``show``, or by their shape and type. Nothing is computed but
-        the model's outputs for the samples that are shown.
+        the model's outputs for the samples that are shown; of several checkpoints those of the first.
 
         Args:
             tests: the test set.
@@ -364,12 +364,13 @@ class Pipeline:
         """
         path = Path(path)
         report.check(path)
-        place = self._works.influence_place(tests)
+        place = self._scores_place(tests)
         self._mend(place)
         self._check_data(place)
         self._works.require(place)
         influences = Influences.open(self.cache.path, tests, place.name.removeprefix(f"{tests}-"))
-        report.write(influences, self._works.context, path, k)
+        first = next(iter(self.members.values()), self)
+        report.write(influences, first._works.context, path, k)
         return path
 
     @property
@@ -644,6 +645,18 @@ class Pipeline:
             return []
         found = self._each(lambda one: [named(one._works, name, one._weight) for name in self.tests]).values()
         return [combined_place(self._works, *args) for args in zip(self.tests, zip(*found, strict=True), strict=True)]
+
+    def _scores_place(self, tests: str) -> Place:
+        """Return where the scores of a test set are: of one model, or the combined ones of several as they are now."""
+        if not self.members:
+            return self._works.influence_place(tests)
+        self._refuse_not_stored()
+
+        def looked_at(member: Pipeline) -> Part:
+            member._check_data(member._works.s_test_place(tests))
+            return part(member._works, tests, member._weight)
+
+        return combined_place(self._works, tests, list(self._each(looked_at).values()))
 
     def _combined(
         self, tests: Sequence[str], scored: Callable[[Pipeline], Mapping[str, Influences]]

@@ -333,7 +333,8 @@ class Works:
         missing = pending(work, group)
         if group is None or missing:
             of, tests = (f" of {place.tests}", place.tests) if place.tests else ("", None)
-            command, call = place.stage.replace("_", "-"), f"{place.stage}({tests!r})" if tests else f"{place.stage}()"
+            step = "influence" if place.parts else place.stage
+            command, call = step.replace("_", "-"), f"{step}({tests!r})" if tests else f"{step}()"
             command += f" --tests {tests}" if tests else ""
             raise MissingStage(
                 f"{place.stage}{of} is not complete: {len(missing)} of {len(work.stage.grid)} blocks are missing. "

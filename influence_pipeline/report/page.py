@@ -206,6 +206,9 @@ def _facts(influences: Influences, context: Context) -> list[tuple[str, str]]:
         ("training set", f"{context.experiment.train_name}, {len(influences.train_ids):,} samples"),
         ("solver", context.settings.s_test.solver),
     ]
+    if influences.combination:
+        facts.append((f"{influences.combination} of the scores of", f"{len(influences.weights)} checkpoints"))
+        facts.append(("predictions and training losses", "of the first of them"))
     if influences.damping is not None and influences.residual is not None:
         facts.append(("damping λ", f"{influences.damping:.4g}"))
         facts.append(("largest residual of the solver", f"{influences.residual.max():.2g}"))

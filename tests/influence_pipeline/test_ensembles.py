@@ -374,6 +374,10 @@ def test_commands_say_what_is_combined(tmp_path: Path) -> None:
         return result.output
 
     assert "checkpoint seed1:" in said("plan")
+    with pytest.raises(
+        ip.MissingStage, match=r"combined of holdout is not complete: .*pipeline.influence\('holdout'\)"
+    ):
+        ip.Pipeline.from_toml(tmp_path / "mine.toml").report("holdout", tmp_path / "page.html")
     assert "grad_z: 2 of 2 blocks computed" in said("grad-z")
     out = said("run")
     assert "holdout: 3 tests × 12 training samples, averaged over 2 checkpoints" in out
@@ -382,6 +386,9 @@ def test_commands_say_what_is_combined(tmp_path: Path) -> None:
     assert "mean of 2: " in said("status")
     said("verify")
     assert "nothing to remove" in said("gc")
+    page = tmp_path / "page.html"
+    said("report", "--out", str(page))
+    assert "mean of the scores of" in page.read_text(encoding="utf-8")
     assert "mean of 2" in "\n".join(inventory.listed(Cache(tmp_path / "runs")))
 
 
