@@ -412,7 +412,7 @@ def _summary(name: str, influences: ip.Influences) -> None:
     """Print what came out for one test set."""
     k = min(10, len(influences.train_ids))
     typer.echo(f"\n{name}: {len(influences)} tests × {len(influences.train_ids)} training samples{_models(influences)}")
-    typer.echo(", ".join(_evidence(influences)))
+    typer.echo(", ".join(influences.evidence))
     _table(influences, None, k)
 
 
@@ -420,18 +420,6 @@ def _models(influences: ip.Influences) -> str:
     """Say how many models' scores were combined, and how."""
     how = {"mean": "averaged", "sum": "summed"}.get(influences.combination)
     return f", {how} over {len(influences.weights)} checkpoints" if how else ""
-
-
-def _evidence(influences: ip.Influences) -> list[str]:
-    """Say what speaks for the numbers, in pieces."""
-    pieces = []
-    dampings = sorted({one.damping for one in influences.members or [influences] if one.damping is not None})
-    if dampings and influences.residual is not None:
-        shown = " to ".join(f"{damping:.4g}" for damping in dict.fromkeys([dampings[0], dampings[-1]]))
-        pieces += [f"λ = {shown}", f"largest residual {influences.residual.max():.2g}"]
-    if influences.gradient_norm is not None:
-        pieces.append(f"|ḡ + l2·θ| = {influences.gradient_norm:.2g} (influence assumes an optimum, 0)")
-    return pieces
 
 
 def _table(influences: ip.Influences, test: int | None, k: int) -> None:
@@ -452,8 +440,7 @@ def _table(influences: ip.Influences, test: int | None, k: int) -> None:
     width = max(map(len, blocks[0]))
     for left, right in zip(*blocks, strict=True):
         typer.echo(f"  {left:<{width}}    {right}")
-    plus, minus = ("harms", "helps") if influences.higher_is_better else ("helps", "harms")
-    typer.echo(f"score: change of the measurement (a loss, say) when trained without the sample; + {plus}, - {minus}")
+    typer.echo(influences.meaning)
     over, count = influences.curvature_samples, len(influences.train_ids)
     if over != count:
         typer.echo(f"H and 1/N are of the first {over} of {count} training samples")
@@ -462,7 +449,9 @@ def _table(influences: ip.Influences, test: int | None, k: int) -> None:
 
 def _ranking(title: str, influences: ip.Influences, trains: Any, ids: Any, scores: Any) -> list[str]:
     """Return the lines of a ranking under its title, in columns."""
-    labels = ["" if trains is None else _shown(trains[(influences.train_ids == i).argmax()]) for i in ids]
+    from influence_pipeline.influences import shown_label
+
+    labels = [shown_label(trains, int((influences.train_ids == i).argmax())) for i in ids]
     columns = [["id", *map(str, ids)], ["score", *(f"{score:+.3e}" for score in scores)]]
     if any(labels):
         columns.append(["label", *labels])
@@ -472,12 +461,10 @@ def _ranking(title: str, influences: ip.Influences, trains: Any, ids: Any, score
 
 
 def _label(labels: Any, row: int) -> str:
-    shown = "" if labels is None else _shown(labels[row])
+    from influence_pipeline.influences import shown_label
+
+    shown = shown_label(labels, row)
     return f"  label {shown}" if shown else ""
-
-
-def _shown(label: float) -> str:
-    return "" if label != label else f"{label:.10g}"
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -16,11 +17,13 @@ from influence_pipeline.cache import Cache, Group, group_name, told_apart
 from influence_pipeline.cache.record import digest
 from influence_pipeline.errors import CacheDamaged, MissingStage, RequestError
 from influence_pipeline.relative import KINDS, Relative, Scaled, inverse, ranked, read_rows, row_norms
+from influence_pipeline.report import check_installed
 from stages.influence.ranking import bottom_k, top_k
 from stages.stage import Array, Block, Grid
 
 if TYPE_CHECKING:
     import xarray
+    from matplotlib.figure import Figure
     from torch.utils.data import Dataset, Subset
 
 Found = TypeVar("Found")
@@ -187,6 +190,24 @@ class Influences:
     def _mean_of_members(self, asked: Callable[[Influences], Array | None]) -> Array | None:
         found = self._of_members(asked)
         return None if found is None else np.asarray(np.mean(found, axis=0, dtype=np.float32))
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """What speaks for the numbers, in pieces, as far as it is cached."""
+        found = []
+        dampings = sorted({one.damping for one in self.members or [self] if one.damping is not None})
+        if dampings and self.residual is not None:
+            shown = " to ".join(f"{damping:.4g}" for damping in dict.fromkeys([dampings[0], dampings[-1]]))
+            found += [f"λ = {shown}", f"largest residual {self.residual.max():.2g}"]
+        if self.gradient_norm is not None:
+            found.append(f"|ḡ + l2·θ| = {self.gradient_norm:.2g} (influence assumes an optimum, 0)")
+        return tuple(found)
+
+    @property
+    def meaning(self) -> str:
+        """What a score is, and its sign, in a line."""
+        plus, minus = ("harms", "helps") if self.higher_is_better else ("helps", "harms")
+        return f"score: change of the measurement (a loss, say) when trained without the sample; + {plus}, - {minus}"
 
     def by_parameter(
         self,
@@ -462,6 +483,59 @@ class Influences:
             attrs={"tests": self.tests, "key": self.key},
         )
 
+    def plot(
+        self,
+        test: int = 0,
+        *,
+        train: Dataset[Any],
+        tests: Dataset[Any],
+        k: int = 5,
+        show: Callable[[Any], Any] | None = None,
+        label_names: Sequence[str] | Mapping[int, str] | None = None,
+    ) -> Figure:
+        """Draw a test sample beside its most helpful and most harmful training samples, with ids, labels and scores.
+
+        Args:
+            test: row of the test sample.
+            train: the training set that the influences are of.
+            tests: the test set.
+            k: training samples of each kind.
+            show: what to show of a sample, as for ``Experiment(show=…)``; by default what its shape and type suggest.
+            label_names: what labels are called, by their numbers.
+
+        Returns:
+            A figure of matplotlib; ``savefig`` writes it, and a notebook shows it.
+
+        Raises:
+            RequestError: matplotlib is not installed, or there is no such test sample, data set or rank.
+        """
+        check_installed("pictures need")
+        from influence_pipeline.report import pictures
+
+        return pictures.plot(self, test, train, tests, k, show, label_names)
+
+    def plot_distribution(self, test: int | None = None) -> Figure:
+        """Draw how many training samples have which score: of a test sample, by its row, or on average over the tests.
+
+        Raises:
+            RequestError: matplotlib is not installed, there is no such test sample, or scores were not stored.
+        """
+        check_installed("pictures need")
+        from influence_pipeline.report import pictures
+
+        return pictures.plot_distribution(self, test)
+
+    def plot_cumulative(self, test: int | None = None) -> Figure:
+        """Draw what share of all influence the k largest scores carry, of a test sample or on average over the tests.
+
+        Raises:
+            RequestError: matplotlib is not installed, there is no such test sample, or scores were not stored.
+        """
+        check_installed("pictures need")
+        from influence_pipeline.report import pictures
+
+        return pictures.plot_cumulative(self, test)
+
     def labels(self) -> tuple[Array | None, Array | None]:
         """Return the labels of tests (T,) and training samples (N,), float64; None where they are not cached."""
         if self.weights:
@@ -493,6 +567,11 @@ class Influences:
         """Say what these are."""
         sizes = f"{len(self.train_ids)} training samples on {len(self)} tests {self.tests!r}"
         return f"<Influences of {sizes}, {self._group.path}>"
+
+    def _repr_html_(self) -> str:
+        from influence_pipeline.report.notebook import table
+
+        return table(self)
 
     # ---- rankings ------------------------------------------------------------------------------------------------
 
@@ -628,6 +707,12 @@ class Influences:
 
     def _check_k(self, k: Any) -> None:
         check_k(k, len(self.train_ids))
+
+
+def shown_label(labels: Array | None, position: int) -> str:
+    """Return a label as people read it, "" where there is none."""
+    label = float("nan") if labels is None else float(labels[position])
+    return "" if math.isnan(label) else f"{label:.10g}"
 
 
 def check_k(k: Any, count: int) -> None:

@@ -1,4 +1,4 @@
-"""The page: results as one HTML file that opens from disk and shows what samples look like. Needs extra ``report``."""
+"""Results to look at: one HTML file that opens from disk, pictures, tables in notebooks. Needs extra ``report``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,21 @@ if TYPE_CHECKING:
     from influence_pipeline.context import Context
     from influence_pipeline.influences import Influences
 
-NEEDED = {"jinja2": "jinja2", "PIL": "pillow"}
-"""Modules that the page is made with, and the packages that they are of."""
+NEEDED = {"the page needs": ("jinja2", "PIL"), "pictures need": ("matplotlib", "PIL")}
+"""Modules that things are made with."""
+PACKAGES = {"PIL": "pillow"}
+"""That modules of another name are of."""
+
+
+def check_installed(what: str) -> None:
+    """Refuse something where a package is missing that it needs.
+
+    Raises:
+        RequestError: one is.
+    """
+    missing = [PACKAGES.get(module, module) for module in NEEDED[what] if find_spec(module) is None]
+    if missing:
+        raise RequestError(f'{what} {" and ".join(missing)}: pip install "influence-pipeline[report]"')
 
 
 def check(path: Path) -> None:
@@ -23,9 +36,7 @@ def check(path: Path) -> None:
     Raises:
         RequestError: a package is missing, or there is no place for the file.
     """
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        raise RequestError(f'the page needs {" and ".join(missing)}: pip install "influence-pipeline[report]"')
+    check_installed("the page needs")
     check_target(path)
 
 
