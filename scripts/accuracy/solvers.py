@@ -39,6 +39,7 @@ SOLVERS = {
     "identity": Method("`identity`", {"s_test": {"solver": "identity"}}),
     "lissa": Method("`lissa`", {"s_test": {"solver": "lissa"}}, direct=False),
     "cg": Method("`cg`", {"s_test": {"solver": "cg"}}, direct=False),
+    "nystrom": Method("`nystrom`, rank 256", {"s_test": {"solver": "nystrom", "rank": 256}}),
     "exact": Method("`exact`", {"s_test": {"solver": "exact"}}),
     "newton": Method("`exact`, Newton", {"s_test": {"solver": "exact"}, "influence": {"correction": "newton"}}),
     "hessian": Method("`exact`, Hessian", {"s_test": {"solver": "exact", "curvature": "hessian"}}),

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from stages.numbers import Count, Fraction
+from stages.s_test.nystrom import Nystrom
 from stages.s_test.solver import (
     CurvatureSolver,
     Prepared,
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.curvature import Curvature, Product
+    from stages.parameters import ModelFunction
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +48,9 @@ class Cg(CurvatureSolver):
         tolerance: of the relative residual.
         max_iterations: products with H at most, for each test sample.
         sample: "all", or how many training samples H is taken over.
+        preconditioner: "none"; or "nystrom", by whose approximation residuals are divided: that changes how many
+            iterations are needed, and not what is solved.
+        rank: of that approximation.
     """
 
     state_vectors: ClassVar[int] = 9
@@ -51,6 +59,35 @@ class Cg(CurvatureSolver):
     tolerance: Fraction = 1e-3
     max_iterations: Count = 200
     sample: Sample = "all"
+    preconditioner: Literal["none", "nystrom"] = "none"
+    rank: Count = 128
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.preconditioner != "nystrom" and self.rank != type(self).model_fields["rank"].default:
+            raise ValueError('rank is of preconditioner = "nystrom"')
+        if self.preconditioner == "nystrom" and self.curvature != "ggn":
+            raise ValueError('preconditioner = "nystrom" is of the Gauss-Newton matrix: use curvature = "ggn"')
+        return self
+
+    def first(self) -> Nystrom | None:
+        """Return the solver whose approximation is the preconditioner."""
+        return None if self.preconditioner == "none" else Nystrom(rank=self.rank, seed=self.seed)
+
+    def preparation(self) -> dict[str, Any] | None:
+        """Return what the summary depends on; it stands beside what the preconditioner prepares."""
+        found, first = super().preparation() or {}, self.first()
+        return found if first is None else {**found, "preconditioner": first.preparation()}
+
+    def check_size(self, function: ModelFunction, memory_bytes: int) -> None:
+        """Refuse a preconditioner that does not fit."""
+        if (first := self.first()) is not None:
+            first.check_size(function, memory_bytes)
+
+    def row_bytes(self, curvature: Curvature) -> int:
+        """Return what it holds for each right-hand side: preconditioned, two vectors more."""
+        more = 0 if self.preconditioner == "none" else 2
+        return super().row_bytes(curvature) + more * curvature.dim * curvature.function.dtype.itemsize
 
     def check_samples(self, count: int) -> None:
         """Refuse to take more samples than there are."""
@@ -68,9 +105,11 @@ class Cg(CurvatureSolver):
         return f" of ≤ {self.max_iterations} passes over {of}"
 
     def fixed_bytes(self, curvature: Curvature) -> int:
-        """Return what products with H take, and the Jacobian that is kept between them."""
+        """Return what products with H take, the Jacobian that is kept between them, and the preconditioner."""
         count = len(curvature.samples) if self.sample == "all" else int(self.sample)
-        return super().fixed_bytes(curvature) + curvature.kept_bytes(count)
+        first = self.first()
+        preconditioner = 0 if first is None else first.held_bytes(curvature)
+        return super().fixed_bytes(curvature) + curvature.kept_bytes(count) + preconditioner
 
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
         """Return the function that iterates; it refuses an (H + λI) that is not, or hardly, positive definite."""
@@ -78,6 +117,8 @@ class Cg(CurvatureSolver):
 
         damping = self.resolved(prepared)
         over = curvature.over(fixed_sample(self.sample, len(curvature.samples), self.seed))
+        first = self.first()
+        precondition = None if first is None else first.inverse(curvature, prepared, damping, leave=False)
 
         def solve(rhs_TD: Tensor, report: Report) -> Solution:
             calls = 0
@@ -93,7 +134,9 @@ class Cg(CurvatureSolver):
                 calls += 1
                 return product(vectors).add_(vectors, alpha=damping)
 
-            vectors, iterations, residual = conjugate_gradients(damped, rhs_TD, self.tolerance, self.max_iterations)
+            vectors, iterations, residual = conjugate_gradients(
+                damped, rhs_TD, self.tolerance, self.max_iterations, precondition
+            )
             if vectors is None:
                 raise negative_curvature(curvature, over, damping, self.seed)
             unknown = torch.nonzero(residual.isnan()).flatten()
@@ -132,7 +175,11 @@ class Cg(CurvatureSolver):
 
 
 def conjugate_gradients(
-    product: Any, rhs_TD: Tensor, tolerance: float, max_iterations: int
+    product: Any,
+    rhs_TD: Tensor,
+    tolerance: float,
+    max_iterations: int,
+    precondition: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Solve A x = v for each row v of ``rhs_TD`` by conjugate gradients from x = 0.
 
@@ -144,12 +191,20 @@ def conjugate_gradients(
         rhs_TD: right-hand sides.
         tolerance: of |v − A x| / |v|.
         max_iterations: products at most, for each row.
+        precondition: (T, D) -> (T, D), symmetric positive definite, near A⁻¹; what is measured is the residual itself.
 
     Returns:
         The solutions (T, D), None where A was found not to be positive definite; the products used, (T,); and the
         relative residuals where the true ones were measured at the end, NaN where iterations ran out, (T,).
     """
     import torch
+
+    def towards(left: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a step from each residual, and its product with that."""
+        if precondition is None:
+            return left, norms(left) ** 2
+        step = precondition(left)
+        return step, dots(left, step)
 
     goal = tolerance * norms(rhs_TD)
     vectors = torch.zeros_like(rhs_TD)
@@ -163,7 +218,8 @@ def conjugate_gradients(
         # Rows that have not stopped, and what there is of these alone, so that the others cost nothing.
         rows = torch.nonzero(active).flatten()
         found, left = vectors[rows], residual[rows]
-        direction, square = left.clone(), norms(left) ** 2
+        turned, square = towards(left)
+        direction = turned.clone()
         while len(rows):
             image = product(direction)
             iterations[rows.cpu()] += 1
@@ -174,10 +230,12 @@ def conjugate_gradients(
             found.addcmul_(step, direction)
             left.addcmul_(step, image, value=-1)
             del image
-            following = norms(left) ** 2
-            direction.mul_((following / square).unsqueeze(1).to(left.dtype)).add_(left)
+            turned, following = towards(left)
+            direction.mul_((following / square).unsqueeze(1).to(left.dtype)).add_(turned)
+            del turned
             square = following
-            on = (square.sqrt() > goal[rows]) & (iterations[rows.cpu()] < max_iterations).to(rows.device)
+            length = norms(left) if precondition else square.sqrt()
+            on = (length > goal[rows]) & (iterations[rows.cpu()] < max_iterations).to(rows.device)
             if not on.all():
                 vectors[rows[~on]], residual[rows[~on]] = found[~on], left[~on]
                 rows, found, left, direction, square = (part[on] for part in (rows, found, left, direction, square))

@@ -136,6 +136,25 @@ def of_gradients(stage: str, form: str, folder: Path) -> tuple[int, int]:
     return peak(lambda: wanted._run(prepared) if stage == "curvature" else wanted.s_test("few")), predicted
 
 
+def low_rank(stage: str, folder: Path) -> tuple[int, int]:
+    """Return the peak of making a curvature of low rank of a perceptron, or of solving with it; and what is planned."""
+
+    def made(name: str, rank: int) -> ip.Pipeline:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 2000), nn.ReLU(), nn.Linear(2000, 10)).eval()
+        data = TensorDataset(torch.randn(64, 64), torch.arange(64) % 10)
+        experiment = ip.Experiment(model, ip.Classification(), data, {"few": TensorDataset(*data[:16])})
+        settings = ip.Settings(s_test={"solver": "nystrom", "rank": rank}, runtime={"device": "cpu", "progress": False})
+        return ip.Pipeline(experiment, folder / name, settings)
+
+    made("first", 8).s_test("few")
+    wanted = made("wanted", 192)
+    predicted, prepared = wanted.plan("few")[stage].memory_bytes, wanted._works.curvature_place()
+    if stage == "s_test":
+        wanted._run(prepared)
+    return peak(lambda: wanted._run(prepared) if stage == "curvature" else wanted.s_test("few")), predicted
+
+
 KRONECKER = ("factors", "eigenvalues", "eigenbasis")
 
 
@@ -145,6 +164,8 @@ def measure(stage: str, folder: Path) -> tuple[int, int]:
         return solving(folder)
     if stage == "self_influence":
         return solving_for_samples(folder)
+    if stage.startswith("nystrom"):
+        return low_rank(stage.split()[1], folder)
     if stage.startswith("fisher"):
         return of_gradients(*stage.split()[1:], folder)
     if stage == "choosing":
@@ -218,6 +239,7 @@ def solving_for_samples(folder: Path) -> tuple[int, int]:
         *("grad_z", "activations", "choosing", "probes", "newton", "s_test", "self_influence", "influence"),
         *(f"fisher {stage} {form}" for stage in ("curvature", "s_test") for form in FISHER),
         *KRONECKER,
+        *("nystrom curvature", "nystrom s_test"),
     ],
 )
 def test_a_stage_holds_what_the_plan_says(tmp_path: Path, stage: str) -> None:

@@ -81,7 +81,7 @@ def true_residual(matrix: Tensor, damping: float, rhs: Tensor, vectors: Tensor) 
 
 
 def test_every_solver_that_is_found_is_compared_with_a_dense_answer() -> None:
-    own_tests = {"identity", "fisher", "kfac", "ekfac"}
+    own_tests = {"identity", "fisher", "kfac", "ekfac", "nystrom"}
     assert set(solvers()) == {*TABLE, *own_tests}, "give the new solver settings in TABLE, or tests of its own"
 
 
