@@ -712,7 +712,9 @@ class Influences:
 def shown_label(labels: Array | None, position: int) -> str:
     """Return a label as people read it, "" where there is none."""
     label = float("nan") if labels is None else float(labels[position])
-    return "" if math.isnan(label) else f"{label:.10g}"
+    if math.isnan(label):
+        return ""
+    return f"{label:.0f}" if label.is_integer() else f"{label:.4g}"
 
 
 def check_k(k: Any, count: int) -> None:

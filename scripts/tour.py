@@ -4,8 +4,8 @@
 # Softmax regression on 1300 handwritten digits, a tenth of whose labels are wrong. Which training samples help, which
 # harm, which have a wrong label, and does it help to leave those out?
 #
-# `python scripts/tour.py` runs all of it in half a minute; editors and Jupyter (with jupytext) open this file as a
-# notebook. It is run in its folder, or in a checkout's root.
+# `pip install -e ".[examples,report,xarray]"`, then `python scripts/tour.py` runs all of it in half a minute; editors
+# and Jupyter (with jupytext) open this file as a notebook. What it writes is in `runs/`, where it is run.
 
 # %%
 # ruff: noqa: D100 - the cell above says what this is

@@ -42,6 +42,8 @@ LINES, LINE = 11, 24
 """Of a text in the place of a picture, and characters of each."""
 UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Categories of characters that nothing is drawn for: control, format, lone surrogates, separators of lines."""
+POINTS = 1000
+"""That a curve is drawn through, however many samples there are."""
 POINTED_OUT = (0.5, 0.9)
 """Shares of all influence."""
 
@@ -214,11 +216,9 @@ def plot_cumulative(influences: Influences, test: int | None) -> Figure:
     for name, part in parts.items():
         shares = carried(part[part > 0])
         if len(shares):
-            colour = COLOURS.get(name, INK)
-            width = 1.2 if name in COLOURS else 2.0
-            axis.plot(
-                np.arange(1, len(shares) + 1), shares, color=colour, linewidth=width, label=f"{name} ({len(shares):,})"
-            )
+            ks = np.unique(np.geomspace(1, len(shares), POINTS).round().astype(int))
+            colour, width = (COLOURS[name], 1.2) if name in COLOURS else (INK, 2.0)
+            axis.plot(ks, shares[ks - 1], color=colour, linewidth=width, label=f"{name} ({len(shares):,})")
     shares = carried(np.abs(scores))
     for share in POINTED_OUT if shares[-1] > 0 else ():
         k = int(np.searchsorted(shares, share)) + 1
@@ -265,5 +265,7 @@ def _axis() -> tuple[Drawing, Axes]:
 
 def _caption(drawing: Drawing, influences: Influences) -> None:
     """Say below what scores are."""
-    lines = textwrap.fill(influences.meaning, int(17 * drawing.get_figwidth()))
+    width = int(18 * drawing.get_figwidth())
+    parts = [influences.meaning] if len(influences.meaning) <= width else influences.meaning.split("; ")
+    lines = "\n".join(textwrap.fill(part, width) for part in parts)
     drawing.supxlabel(lines, fontsize=7, color=INK, x=0.99, ha="right")

@@ -24,6 +24,7 @@ pytest.importorskip("matplotlib")
 from matplotlib import colors, image, text
 from PIL import Image
 
+from influence_pipeline.influences import shown_label
 from influence_pipeline.report import pictures
 
 Make = Callable[..., ip.Pipeline]
@@ -60,7 +61,7 @@ def test_a_plot_has_the_samples_with_ids_labels_and_scores(influences: ip.Influe
             shown.append(TRAIN[int(i)])
     assert drawn.axes[1].get_ylabel() == "most helpful"
     assert drawn.axes[3].get_ylabel() == "most harmful"
-    assert any(" ".join(each.split()) == influences.meaning for each in written(drawn))
+    assert any(each.replace("\n", "; ") == influences.meaning for each in written(drawn))
     for axis, sample in zip(drawn.axes, shown, strict=True):
         (found,) = axis.findobj(image.AxesImage)
         np.testing.assert_allclose(np.asarray(found.get_array())[..., 0] / 255, as_picture(sample), atol=0.01)
@@ -244,6 +245,12 @@ def test_a_notebook_shows_the_ends_of_the_average_and_everything_escaped(finishe
     shutil.rmtree(cache / "grad_z")
     shutil.rmtree(cache / "s_test")
     assert len(Cells(ip.Influences.open(cache, "holdout")._repr_html_()).cells) == 40
+
+
+def test_labels_are_short_and_whole_ones_exact() -> None:
+    shown = [shown_label(np.array([label]), 0) for label in (3.0, -1.0, 123456789.0, 1.554830074, 1e-7, float("nan"))]
+    assert shown == ["3", "-1", "123456789", "1.555", "1e-07", ""]
+    assert shown_label(None, 0) == ""
 
 
 def test_few_training_samples_are_all_shown(make: Make) -> None:
