@@ -793,8 +793,9 @@ class Pipeline:
                 self._run_once(place)
         for member in self.members.values() if path.parent.name == "influence" else ():
             with member._at_hand():
-                damaged = [name for name in self.tests if member._works.influence_place(name).name == path.name]
-                member.influences(*damaged) if damaged else None
+                for name in self.tests:
+                    if member._works.influence_place(name).name == path.name:
+                        member.influences(name)
 
     @contextmanager
     def _sent(self) -> Iterator[str | Path]:

@@ -54,7 +54,7 @@ class Combined(Scores):
     def held_bytes(self) -> int:
         """What a cell holds at once: its scores, what ranking them takes, and the rows that are summed."""
         tests, samples = (min(axis.band, axis.length) for axis in self.grid.axes)
-        return samples * (3 * 4 * tests + (2 * 8 + 4) * min(tests, READ_ROWS))
+        return samples * (3 * 4 * tests + (3 * 8 + 4) * min(tests, READ_ROWS))
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Sum the scores of one cell, and rank them.
