@@ -72,6 +72,10 @@ def test_digits_logistic_predicts_what_training_again_gives(scripts: Path) -> No
 def test_diabetes(scripts: Path) -> None:
     influences = ip.Pipeline.from_toml(scripts / "diabetes.toml").run()["holdout"]
     assert influences.scores.shape == (100, 342)
+    example = import_module("diabetes").experiment()
+    shown = example.show(example.train[0])
+    assert list(shown)[:2] == ["age", "sex"]
+    assert list(shown.values()) == pytest.approx(example.train[0][0].tolist(), abs=0.006)
     assert influences.residual is not None
     assert np.median(influences.residual) < 0.05
     assert np.isfinite(influences.mean_scores()).all()
@@ -130,6 +134,13 @@ def test_text_of_a_network_that_was_hardly_trained(scripts: Path, capsys: pytest
     assert sum(float(sample["token_weights"].sum()) for sample in tests) == len(tests)
     text.show(found)
     assert "most helpful" in capsys.readouterr().out
+    assert [text.sentence(sample) for sample in tests] == [sentence.text for sentence in asked]
+    said_last = [sentence.text.split()[-1] for sentence in asked]
+    batch = next(iter(torch.utils.data.DataLoader(tests, len(tests))))
+    with torch.no_grad():
+        outputs = text.TASK.outputs(network.eval(), batch)
+    assert [text.WORDS[word] for word in text.TASK.labels(batch)] == said_last
+    assert text.TASK.correct(outputs, batch).shape == (len(tests),)
 
 
 def test_settings_of_the_examples_are_right() -> None:
