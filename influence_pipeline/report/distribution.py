@@ -157,9 +157,14 @@ def drawn(histogram: Histogram, higher_is_better: bool) -> Drawn:
     return Drawn(
         tuple(bars),
         tuple((across(tick), f"{tick:.6g}".replace("-", "−")) for tick in _ticks(low, high)),
-        tuple((up(10**power), f"{10**power:,}") for power in range(int(decades) + 1)),
+        tuple((up(10**power), _count(power)) for power in range(int(decades) + 1)),
         f"{int(counts.sum()):,} scores from {low:.3g} to {high:.3g}, on a logarithmic axis of counts",
     )
+
+
+def _count(power: int) -> str:
+    """Write a power of ten shortly."""
+    return f"{10 ** (power % 3)}{('', 'k', 'M', 'G', 'T')[power // 3]}"
 
 
 def _ticks(low: float, high: float) -> Iterator[float]:
