@@ -22,9 +22,15 @@ def peak() -> Iterator[Callable[[], int]]:
         CLEAR.write_text("5")
     except (OSError, StopIteration):
         before = _most()
-        yield lambda: max(0, _most() - before)
-        return
-    yield lambda: max(0, _resident("VmHWM") - before)
+    yield lambda: max(0, most_held() - before)
+
+
+def most_held() -> int:
+    """Return the bytes that this process held at most: since :func:`peak` began to count anew, where it could."""
+    try:
+        return _resident("VmHWM")
+    except (OSError, StopIteration):
+        return _most()
 
 
 def _resident(name: str) -> int:

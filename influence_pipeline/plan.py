@@ -267,7 +267,7 @@ class Timing:
         ready: seconds before the first: what every process checks and chooses once.
         blocks: the entries of each, and its seconds.
         rest: seconds of whatever came after these.
-        peak_bytes: held at most, beside what was before.
+        peak_bytes: what the process held at most: libraries, model and data among it.
         stand_in: what they were computed of, for people, where their inputs are not there yet: these are not kept.
         shares: what each of their arrays took on disk, of what it has in memory.
     """
@@ -361,7 +361,7 @@ class StagePlan:
 
     def _timed(self, timing: Timing) -> str:
         """Say what was measured, and what follows of that."""
-        peak = f"peak so far {show_bytes(timing.peak_bytes)} above what was held"
+        peak = f"the process held {show_bytes(timing.peak_bytes)} at most"
         if timing.stand_in:
             took = sum(seconds for _, seconds in timing.blocks)
             how = f"estimated from {show_seconds(took)} of {timing.stand_in}, which are not kept"
@@ -405,6 +405,11 @@ class Plan:
         return sum(plan.seconds for plan in self.stages)
 
     @property
+    def peak_bytes(self) -> int:
+        """What a process held at most in all stages that were measured; the blocks that are left take no more."""
+        return max((plan.timing.peak_bytes for plan in self.stages if plan.timing is not None), default=0)
+
+    @property
     def bytes_needed(self) -> int:
         """What is to be written."""
         return sum(plan.bytes_expected - plan.bytes_on_disk for plan in self.stages if not plan.complete)
@@ -433,7 +438,8 @@ class Plan:
         if any(plan.timing for plan in self.stages):
             unknown = list(dict.fromkeys(plan.stage for plan in missing if plan.timing is None))
             beside = f", and {', '.join(unknown)}, which could not be measured" if unknown else ""
-            lines.append(f"to go: about {show_seconds(self.seconds)}{beside}")
+            held = f"a process holds about {show_bytes(self.peak_bytes)} at most"
+            lines.append(f"to go: about {show_seconds(self.seconds)}{beside}; {held}")
         return "\n".join(lines)
 
 

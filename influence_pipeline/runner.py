@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from influence_pipeline.cache import Group, claims, leave_no_lock
 from influence_pipeline.errors import RequestError, WorkError
-from influence_pipeline.peak import peak
+from influence_pipeline.peak import most_held, peak
 from influence_pipeline.plan import Timing
 from influence_pipeline.settings import RuntimeSettings
 from influence_pipeline.signals import deaf_to_interrupts, interrupted_once, shielded
@@ -133,7 +133,7 @@ def measure(work: Work, group: Group, runtime: RuntimeSettings, room: Room) -> O
     if not missing and group.finished:
         return Outcome(0, len(work.stage.grid), time.monotonic() - began)
     blocks: list[tuple[int, float]] = []
-    with _computing(work, missing, runtime) as bar, peak() as most:
+    with _computing(work, missing, runtime) as bar, peak():
         if missing:
             work.ready()
         kept = time.monotonic()
@@ -145,7 +145,7 @@ def measure(work: Work, group: Group, runtime: RuntimeSettings, room: Room) -> O
             kept = time.monotonic()
         if complete := not pending(work, group):
             work.finish(group, bar.note)
-        timing = Timing(ready, tuple(blocks), time.monotonic() - kept, most())
+        timing = Timing(ready, tuple(blocks), time.monotonic() - kept, most_held())
     seconds = time.monotonic() - began
     # Where other processes are at work on all that is missing, nothing was measured.
     return Outcome(len(blocks), len(work.stage.grid), seconds, timing if blocks or complete else None)

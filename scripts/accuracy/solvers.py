@@ -43,6 +43,9 @@ SOLVERS = {
     "exact": Method("`exact`", {"s_test": {"solver": "exact"}}),
     "newton": Method("`exact`, Newton", {"s_test": {"solver": "exact"}, "influence": {"correction": "newton"}}),
     "hessian": Method("`exact`, Hessian", {"s_test": {"solver": "exact", "curvature": "hessian"}}),
+    "fisher": Method("`fisher`", {"s_test": {"solver": "fisher"}}),
+    "kfac": Method("`kfac`", {"s_test": {"solver": "kfac"}}),
+    "ekfac": Method("`ekfac`", {"s_test": {"solver": "ekfac"}}),
 }
 
 

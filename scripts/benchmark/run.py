@@ -37,6 +37,7 @@ MODULES = {
         *("projection_identity", "projection_ggn", "projection_cost"),
         *("resnet_memory", "projected_memory"),
     ),
+    "rows_plan": ("plan_seconds", "plan_disk", "plan_peak"),
     "nothing_to_do": ("nothing_to_do",),
 }
 """The modules of this folder that have rows, by name; each has them as ``ROWS``, functions of a ``Bench``."""

@@ -12,7 +12,7 @@ import torch
 
 import influence_pipeline as ip
 from influence_pipeline import pipeline, plan, runner
-from influence_pipeline.peak import peak
+from influence_pipeline.peak import most_held, peak
 from influence_pipeline.work import Work
 from stages.grad_z import GradZ
 from stages.influence import Influence
@@ -70,7 +70,9 @@ def test_measured_blocks_are_kept_and_not_computed_again(
         assert stage.measured
         assert stage.seconds > 0 or stage.complete
         assert bool(stage.timing.stand_in) == (stage.stage == "influence" or (stage.stage == "s_test" and part))
-    assert f"to go: about {found.seconds:.1f} s" in str(found)
+        assert stage.timing.peak_bytes > 2**26, "Python and PyTorch are part of what a process holds"
+    assert f"to go: about {found.seconds:.1f} s; a process holds about " in str(found)
+    assert found.peak_bytes == max(stage.timing.peak_bytes for stage in found.stages if stage.timing)
     assert ("not kept" in str(found["s_test"])) == part
     computed.clear()
     make(s_test=solver).run()
@@ -186,5 +188,6 @@ def test_the_peak_is_of_what_is_held_beside_what_was() -> None:
     with peak() as most:
         torch.zeros(2**26).add_(1)
         assert 2**28 - 2**22 < most() < 2**28 + 2**26
+        assert most_held() > most()
     with peak() as most:
         assert most() < 2**26
