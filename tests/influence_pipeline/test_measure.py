@@ -32,6 +32,12 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _blocks_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a second block measured, however slow the machine is."""
+    monkeypatch.setattr(runner, "SHORT", float("inf"))
+
+
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Return what will have (stage, index…) of every block that is computed."""
