@@ -27,7 +27,7 @@ def work(works: Works, place: Place) -> Work:
     context, solver, encoding = works.context, works.settings.s_test, works.settings.grad_z.encoding
     dim, itemsize = context.dim, context.function.dtype.itemsize
     solver.check_size(context.function, context.memory)
-    prepared, basis = works.prepared(solver)
+    prepared, basis = works.prepared(solver.last())
     rows = works.band(place, "sample", plan.block_rows(dim))
     together = min(rows, len(context.train))
 

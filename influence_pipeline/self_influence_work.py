@@ -22,7 +22,7 @@ def work(works: Works) -> Work:
     gradients, of_band, computed = works.gradients(works.grad_z_place())
     band = works.band(place, "sample", works.work(works.grad_z_place()).stage.grid.axes[0].band)
     rows = min(band, len(context.train))
-    prepared, basis = works.prepared(solver)
+    prepared, basis = works.prepared(solver.last())
     curvature, train_ids = context.curvature(over), context.experiment.train_ids()
     kept_bytes, reading_bytes = plan.rows_memory(context.dim, rows, computed=computed, encoding=grad_z.encoding)
 

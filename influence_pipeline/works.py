@@ -265,7 +265,7 @@ class Works:
 
     def curvature_place(self) -> Place | None:
         """Return where the solver's preparation is, None where it prepares nothing."""
-        return self.curvature_of(self.settings.s_test)
+        return self.curvature_of(self.settings.s_test.last())
 
     def curvature_of(self, solver: Solver) -> Place | None:
         """Return where the preparation of a solver is, the settings' own or one before that."""
@@ -464,7 +464,7 @@ class Works:
         context, solver = self.context, self.settings.s_test
         rows = self.band(self.s_test_place(tests), "test", plan.block_rows(context.dim, plan.MOST_TESTS))
         data = context.test(tests)
-        prepared, basis = self.prepared(solver) if stand_in is None else (stand_in, digest([]))
+        prepared, basis = self.prepared(solver.last()) if stand_in is None else (stand_in, digest([]))
         curvature = context.curvature(self.curvature_samples)
 
         def within(memory: int) -> STest:
@@ -522,7 +522,8 @@ class Works:
 
         That is for measuring how long it takes. None where no part is there, or what is there is no such mean.
         """
-        place, solver = self.curvature_place(), self.settings.s_test
+        solver = self.settings.s_test
+        place, last = self.curvature_of(solver), solver.last()
         group, work = None if place is None else self.find(place), curvature_work.work(self, solver)
         if not isinstance(work.stage, Prepare):
             return None
@@ -536,7 +537,8 @@ class Works:
         parts = {name: np.broadcast_to(mean, (len(work.stage.grid), *mean.shape)) for name, mean in means.items()}
         with self.context.evaluating():
             found = work.stage.finish(parts)
-        return self._s_test(tests, {**work.stage.prepared, **{name: found[name] for name in work.stage.needed}})
+        stand_in = {**work.stage.prepared, **{name: found[name] for name in work.stage.needed}}
+        return self._s_test(tests, {**stand_in, **(last.guess(stand_in) if last is not solver else {})})
 
     def influence_by_rows(self, place: Place, beside: Sequence[Place]) -> Work | None:
         """Return work like scoring, of random solutions and those first gradients that are there.

@@ -419,22 +419,23 @@ def ranking(scores: Sequence[float], ids: Sequence[int], k: int, *, largest: boo
 
 def prepared(solver: Solver, curvature: Curvature, parts: int = 3, band: int | None = None) -> dict[str, Any]:
     """Run a solver's preparation, block by block, into NumPy arrays, with what comes before it."""
-    first = solver.first()
-    before = prepared(first, curvature, parts) if first else {}
-    stage = solver.preparing(
-        Sources(
-            *(curvature, before, _no_gradients),
-            parts=lambda length, summed: parts,
-            band=lambda axis, otherwise: band or otherwise,
-        ),
-        curvature.memory_bytes,
-    )
-    arrays = {spec.name: np.full(spec.shape, np.nan) for spec in stage.arrays}
-    for block in stage.grid:
-        found = stage.compute(block)
-        for spec in stage.arrays:
-            arrays[spec.name][spec.region(stage.grid, block)] = found[spec.name]
-    return {**before, **arrays, **stage.finish(arrays)}
+    before: dict[str, Any] = {}
+    for one in solver.chain():
+        stage = one.preparing(
+            Sources(
+                *(curvature, before, _no_gradients),
+                parts=lambda length, summed: parts,
+                band=lambda axis, otherwise: band or otherwise,
+            ),
+            curvature.memory_bytes,
+        )
+        arrays = {spec.name: np.full(spec.shape, np.nan) for spec in stage.arrays}
+        for block in stage.grid:
+            found = stage.compute(block)
+            for spec in stage.arrays:
+                arrays[spec.name][spec.region(stage.grid, block)] = found[spec.name]
+        before = {**before, **arrays, **stage.finish(arrays)}
+    return before
 
 
 def _no_gradients(whole_rows: bool) -> Gradients:

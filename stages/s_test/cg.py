@@ -32,7 +32,7 @@ from stages.stage import Progress, Report, StageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.curvature import Curvature, Product
+    from stages.curvature import Curvature, Product, Repeated
     from stages.parameters import ModelFunction
 
 log = logging.getLogger(__name__)
@@ -104,20 +104,26 @@ class Cg(CurvatureSolver):
         of = "the training set" if self.sample == "all" else f"{self.sample} training samples"
         return f" of ≤ {self.max_iterations} passes over {of}"
 
-    def fixed_bytes(self, curvature: Curvature) -> int:
-        """Return what products with H take, the Jacobian that is kept between them, and the preconditioner."""
+    def over(self, curvature: Curvature, prepared: Prepared) -> Repeated:
+        """Return what multiplies by the H of all training samples, or of the fixed sample."""
+        return curvature.over(fixed_sample(self.sample, len(curvature.samples), self.seed))
+
+    def over_bytes(self, curvature: Curvature) -> int:
+        """Return what products with H take, and the Jacobian that is kept between them."""
         count = len(curvature.samples) if self.sample == "all" else int(self.sample)
+        return curvature.product_bytes + curvature.kept_bytes(count)
+
+    def fixed_bytes(self, curvature: Curvature) -> int:
+        """Return that, and what the preconditioner takes."""
         first = self.first()
-        preconditioner = 0 if first is None else first.held_bytes(curvature)
-        return super().fixed_bytes(curvature) + curvature.kept_bytes(count) + preconditioner
+        return self.over_bytes(curvature) + (0 if first is None else first.held_bytes(curvature))
 
     def start(self, curvature: Curvature, prepared: Prepared) -> Solve:
         """Return the function that iterates; it refuses an (H + λI) that is not, or hardly, positive definite."""
         import torch
 
         damping = self.resolved(prepared)
-        over = curvature.over(fixed_sample(self.sample, len(curvature.samples), self.seed))
-        first = self.first()
+        over, first = self.over(curvature, prepared), self.first()
         precondition = None if first is None else first.inverse(curvature, prepared, damping, leave=False)
 
         def solve(rhs_TD: Tensor, report: Report) -> Solution:

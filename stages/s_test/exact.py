@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from stages.curvature import Curvature, Kind
+    from stages.curvature import Curvature, Kind, Product
     from stages.parameters import ModelFunction
 
 
@@ -62,6 +62,17 @@ class Exact(CurvatureSolver):
         matrix[np.diag_indices(len(matrix))] += curvature.l2.double().cpu().numpy()
         mean = np.asarray(np.trace(matrix) / len(matrix))
         return {**super().summary(curvature, prepared, report), "matrix": matrix, "mean_eigenvalue": mean}
+
+    def over(self, curvature: Curvature, prepared: Prepared) -> Product:
+        """Return what multiplies by the matrix."""
+        import torch
+
+        matrix = torch.from_numpy(np.asarray(prepared["matrix"][:])).to(curvature.function.device)
+        return lambda vectors: (vectors.double() @ matrix).to(vectors.dtype)
+
+    def over_bytes(self, curvature: Curvature) -> int:
+        """Return what the matrix takes, and what it is read from."""
+        return 2 * 8 * curvature.dim**2
 
     def fixed_bytes(self, curvature: Curvature) -> int:
         """Return what H, its factor and one copy take."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from stages.numbers import Count, Number, Positive, Whole
 from stages.stage import Array, ArrayLike, Report, StageError
@@ -36,10 +36,17 @@ class RelativeDamping(BaseModel):
     relative: Positive
 
 
+def _form(value: object) -> str:
+    """Return which form of damping is meant, so that what is wrong is said of that form alone."""
+    table = isinstance(value, (Mapping, RelativeDamping))
+    return "table" if table else "name" if isinstance(value, str) else "absolute"
+
+
 Damping = Annotated[
-    Annotated[Number, Field(ge=0), Tag("absolute")] | Annotated[RelativeDamping, Tag("table")],
-    # What is wrong is said of the form that was meant, and not of both.
-    Discriminator(lambda value: "table" if isinstance(value, (Mapping, RelativeDamping)) else "absolute"),
+    Annotated[Number, Field(ge=0), Tag("absolute")]
+    | Annotated[RelativeDamping, Tag("table")]
+    | Annotated[Literal["auto"], Tag("name")],
+    Discriminator(_form),
 ]
 Prepared = Mapping[str, ArrayLike]
 PROBES = 32
@@ -94,10 +101,26 @@ class Solver(BaseModel):
         """Return the solver whose preparation comes before this one's, which reads it; None where there is none."""
         return None
 
+    def last(self) -> Solver:
+        """Return the solver whose preparation solving reads, with those before it: this one, or one that follows it."""
+        return self
+
     def chain(self) -> list[Solver]:
-        """Return the solvers whose preparations are needed, in the order in which they are made, this one last."""
-        first = self.first()
-        return [*(first.chain() if first else ()), self]
+        """Return the solvers whose preparations are needed, in the order in which they are made."""
+        found: list[Solver] = []
+        solver: Solver | None = self.last()
+        while solver is not None:
+            found.insert(0, solver)
+            solver = solver.first()
+        return found
+
+    def guess(self, prepared: Prepared) -> dict[str, Array]:
+        """Return what stands in for the :meth:`summary` where time is measured before it is there.
+
+        Args:
+            prepared: what the :meth:`first` solver prepared.
+        """
+        return {}
 
     def preparation(self) -> dict[str, Any] | None:
         """Return what :meth:`summary` depends on, None where nothing is prepared."""
@@ -208,12 +231,25 @@ class DampedSolver(Solver):
     """A solver with damping.
 
     Attributes:
-        damping: λ ≥ 0, absolute, or ``{ relative = r }`` times the mean eigenvalue of H.
+        damping: λ ≥ 0, absolute, or ``{ relative = r }`` times the mean eigenvalue of H; or "auto", see
+            :mod:`stages.damping`, for solvers that have products with H.
         seed: of every random draw.
     """
 
     damping: Damping = RelativeDamping(relative=0.1)
     seed: Whole = 0
+
+    @field_validator("damping")
+    @classmethod
+    def _has_products(cls, value: Damping) -> Damping:
+        """Refuse what is found by products with H where there are none.
+
+        Raises:
+            ValueError: it is that.
+        """
+        if value == "auto" and not issubclass(cls, CurvatureSolver):
+            raise ValueError('"auto" is for "exact", "cg" and "lissa": give a number, or { relative = 0.1 }')
+        return value
 
     def resolved(self, prepared: Prepared) -> float:
         """Return λ.
@@ -221,8 +257,18 @@ class DampedSolver(Solver):
         Raises:
             StageError: λ is relative to a mean eigenvalue that is not positive.
         """
+        if self.damping == "auto":
+            return float(prepared["auto_damping"][()])
         if not isinstance(self.damping, RelativeDamping):
             return float(self.damping)
+        return self.damping.relative * self.mean_eigenvalue(prepared)
+
+    def mean_eigenvalue(self, prepared: Prepared) -> float:
+        """Return the mean eigenvalue of H, for a λ that is relative to it.
+
+        Raises:
+            StageError: it is not positive.
+        """
         mean = float(prepared["mean_eigenvalue"][()])
         if not mean > 0:
             other = ', or use curvature = "ggn"' if getattr(self, "curvature", None) == "hessian" else ""
@@ -230,7 +276,7 @@ class DampedSolver(Solver):
                 f"damping relative to the mean eigenvalue of H, and that is {mean:.3g}: "
                 f"give an absolute `damping`{other}"
             )
-        return self.damping.relative * mean
+        return mean
 
 
 class CurvatureSolver(DampedSolver):
@@ -247,7 +293,22 @@ class CurvatureSolver(DampedSolver):
         "mean_eigenvalue": "mean eigenvalue of H",
     }
 
+    damping: Damping = "auto"
     curvature: Literal["hessian", "ggn"] = "ggn"
+
+    def last(self) -> Solver:
+        """Return what finds λ, where that is "auto": all else is prepared as for any λ that is relative."""
+        from stages.damping import AutoDamping
+
+        return AutoDamping(of=self, seed=self.seed) if self.damping == "auto" else self
+
+    def over(self, curvature: Curvature, prepared: Prepared) -> Product:
+        """Return what multiplies by the H that is solved for again and again."""
+        return curvature.over(range(len(curvature.samples)))
+
+    def over_bytes(self, curvature: Curvature) -> int:
+        """Return what it holds."""
+        return curvature.product_bytes + curvature.kept_bytes(len(curvature.samples))
 
     def uncorrectable(self) -> str:
         """Say nothing: H is of all training samples, so that each can be taken out of it."""
@@ -259,8 +320,8 @@ class CurvatureSolver(DampedSolver):
         return {"curvature": self.curvature, "seed": self.seed, "summary": names}
 
     def summary_names(self) -> tuple[str, ...]:
-        """Return the distance from an optimum, and the mean eigenvalue where λ is relative to it."""
-        return ("gradient_norm", "mean_eigenvalue") if isinstance(self.damping, RelativeDamping) else ("gradient_norm",)
+        """Return the distance from an optimum, and the mean eigenvalue where λ comes of it."""
+        return ("gradient_norm",) if isinstance(self.damping, (int, float)) else ("gradient_norm", "mean_eigenvalue")
 
     def sum_shapes(self, function: ModelFunction) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the gradient and, where they are wanted, of the quadratic forms of probes."""
