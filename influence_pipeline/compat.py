@@ -120,10 +120,12 @@ class Config(BaseModel):
 
     def settings(self, batch_size: int | None, *, store: bool) -> Settings:
         """Say the same in this package's settings."""
+        assert not self.damp or isinstance(self.scale, float)  # else it was refused
+        scaled = self.damp and self.damp * float(self.scale)
         solver = {
             "recursion_depth": self.recursion_depth,
             "repeats": self.r,
-            "damping": self.damp * self.scale if self.damp and isinstance(self.scale, float) else self.damp,
+            "damping": {"relative": 0.1} if scaled is None else scaled,
             "scale": self.scale,
             "seed": self.seed,
             "batch_size": batch_size,

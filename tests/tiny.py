@@ -56,8 +56,10 @@ def experiment(**changes: Any) -> ip.Experiment:
 
 
 def settings(**sections: dict[str, Any]) -> ip.Settings:
-    """Return settings under which scores, too, are cut into many blocks; sections add to them."""
+    """Return settings under which scores, too, are cut into many blocks, and λ is not "auto"; sections add to them."""
     basis: dict[str, Any] = {"influence": {"top_k": 1}, "runtime": {"progress": False, "device": "cpu"}}
+    if sections.get("s_test", {}).get("solver") != "identity":
+        basis["s_test"] = {"damping": {"relative": 0.1}}
     return ip.Settings(**{name: {**basis.get(name, {}), **sections.get(name, {})} for name in SECTIONS})
 
 

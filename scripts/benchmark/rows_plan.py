@@ -1,7 +1,7 @@
 """Plans: seconds, bytes and memory that ``plan --measure`` says of the examples, against what a run then takes.
 
 As a program, ``python rows_plan.py plan FILE.toml`` measures a plan and ``run FILE.toml`` goes on with what is left;
-each prints its figures. They run in processes of their own, so that memory is that of the whole process, with libraries.
+each prints its figures. They run in processes of their own, so that memory is that of the whole process.
 """
 
 from __future__ import annotations

@@ -38,8 +38,9 @@ class RelativeDamping(BaseModel):
 
 def _form(value: object) -> str:
     """Return which form of damping is meant, so that what is wrong is said of that form alone."""
-    table = isinstance(value, (Mapping, RelativeDamping))
-    return "table" if table else "name" if isinstance(value, str) else "absolute"
+    if isinstance(value, (Mapping, RelativeDamping)):
+        return "table"
+    return "name" if isinstance(value, str) and not value.replace(".", "").isdigit() else "absolute"
 
 
 Damping = Annotated[

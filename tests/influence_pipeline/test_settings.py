@@ -71,7 +71,7 @@ def test_paths_are_relative_to_the_settings_file(tmp_path: Path) -> None:
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
     assert ip.Settings.from_toml(write(tmp_path, "")) == ip.Settings()
     assert ip.Settings().s_test.solver == "cg"
-    assert ip.Settings().s_test.model_dump()["damping"] == {"relative": 0.1}
+    assert ip.Settings().s_test.model_dump()["damping"] == "auto"
     assert ip.Settings().grad_z.encoding == "float16"
 
 
@@ -87,6 +87,8 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("[s_test]\nsolver = 'newton'", "s_test", "newton"),
         ("[s_test]\nsolver = 'cg'\nrecursion_depth = 5", "s_test.recursion_depth", "unknown setting"),
         ("[s_test]\ndamping = -1", "s_test.damping", ": must be greater than or equal to 0 (found -1)"),
+        ("[s_test]\ndamping = 'automatic'", "s_test.damping", ": must be 'auto' (found 'automatic')"),
+        ("[s_test]\nsolver = 'kfac'\ndamping = 'auto'", "s_test.damping", '"auto" is for "exact", "cg" and "lissa"'),
         ("[s_test]\ndamping = '0.1'", "s_test.damping", ": must be a number, without quotes (found '0.1')"),
         ("[s_test]\ndamping = { relative = '1' }", "s_test.damping.relative", "without quotes (found '1')"),
         ("[s_test]\nmax_iterations = '3'", "s_test.max_iterations", "without quotes (found '3')"),
