@@ -120,8 +120,8 @@ class Config(BaseModel):
 
     def settings(self, batch_size: int | None, *, store: bool) -> Settings:
         """Say the same in this package's settings."""
-        assert not self.damp or isinstance(self.scale, float)  # else it was refused
-        scaled = self.damp and self.damp * float(self.scale)
+        scale = self.scale if isinstance(self.scale, float) else 0.0  # damp is None or 0 then: another was refused
+        scaled = None if self.damp is None else self.damp * scale
         solver = {
             "recursion_depth": self.recursion_depth,
             "repeats": self.r,
