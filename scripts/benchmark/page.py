@@ -1,6 +1,6 @@
 """What the page costs: seconds to write one of many tests, its size, and seconds until a browser shows it.
 
-    python scripts/benchmark/page.py [--tests 5000] [--side 8]
+    python scripts/benchmark/page.py [--tests 5000] [--side 8] [--times 5]
 
 Training samples are scikit-learn's digits, tests noisy copies of them, so that every picture is another one; scores are
 products of gradients of a linear model. Needs Chromium on PATH, and playwright.
@@ -28,8 +28,6 @@ import influence_pipeline as ip
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
-
-TIMES = 5
 
 
 def experiment(tests: int, side: int) -> ip.Experiment:
@@ -65,7 +63,7 @@ def seconds_to_open(page: Page, path: Path) -> tuple[float, float]:
     return opened, time.perf_counter() - began
 
 
-def measure(tests: int, side: int, folder: Path) -> None:
+def measure(tests: int, side: int, times: int, folder: Path) -> None:
     """Write the page and open it in new browsers."""
     from playwright.sync_api import sync_playwright
 
@@ -79,7 +77,7 @@ def measure(tests: int, side: int, folder: Path) -> None:
     print(f"{tests} tests, {len(pipeline.experiment.train)} training samples of {side} × {side} pixels")
     print(f"written in        {took:.1f} s, {busy:.1f} s of them on a processor, {path.stat().st_size / 2**20:.1f} MiB")
     with sync_playwright() as driver:
-        for _ in range(TIMES):
+        for _ in range(times):
             browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             page = browser.new_page()
             page.on("console", lambda message: wrong.append(message.text))
@@ -87,7 +85,7 @@ def measure(tests: int, side: int, folder: Path) -> None:
             found.append(seconds_to_open(page, path))
             browser.close()
     opened, jumped = zip(*found, strict=True)
-    print(f"opened in         {statistics.median(opened):.2f} s (median of {TIMES}; most {max(opened):.2f})")
+    print(f"opened in         {statistics.median(opened):.2f} s (median of {times}; most {max(opened):.2f})")
     print(f"last test after   {statistics.median(jumped):.2f} s")
     print(f"console           {wrong or 'empty'}")
 
@@ -97,9 +95,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", type=int, default=5000)
     parser.add_argument("--side", type=int, default=8, help="pixels of a picture's row")
+    parser.add_argument("--times", type=int, default=5, help="browsers that open it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        measure(arguments.tests, arguments.side, Path(folder))
+        measure(arguments.tests, arguments.side, arguments.times, Path(folder))
 
 
 if __name__ == "__main__":

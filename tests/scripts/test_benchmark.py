@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 RUN = Path(__file__).parents[2] / "scripts" / "benchmark" / "run.py"
 
@@ -32,3 +35,12 @@ def test_unknown_row() -> None:
     done = subprocess.run([sys.executable, str(RUN), "--only", "grad"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no row 'grad'" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium on PATH: apt-get install chromium")
+def test_the_page_is_written_and_opened() -> None:
+    command = [sys.executable, str(RUN.with_name("page.py")), "--tests", "12", "--times", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "12 tests, 1797 training samples" in done.stdout
+    assert "console           empty" in done.stdout
