@@ -141,8 +141,8 @@ def low_rank(stage: str, folder: Path) -> tuple[int, int]:
 
     def made(name: str, rank: int) -> ip.Pipeline:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 2000), nn.ReLU(), nn.Linear(2000, 10)).eval()
-        data = TensorDataset(torch.randn(64, 64), torch.arange(64) % 10)
+        model = nn.Sequential(nn.Linear(64, 1000), nn.ReLU(), nn.Linear(1000, 10)).eval()
+        data = TensorDataset(torch.randn(32, 64), torch.arange(32) % 10)
         experiment = ip.Experiment(model, ip.Classification(), data, {"few": TensorDataset(*data[:16])})
         settings = ip.Settings(s_test={"solver": "nystrom", "rank": rank}, runtime={"device": "cpu", "progress": False})
         return ip.Pipeline(experiment, folder / name, settings)
