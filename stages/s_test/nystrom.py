@@ -24,7 +24,16 @@ import numpy as np
 from stages.numbers import Count
 from stages.s_test.preparation import Preparation, Sources
 from stages.s_test.prepare import probe_losses, probes
-from stages.s_test.solver import PROBE_VECTORS, DampedSolver, Prepared, Solution, Solve, relative_residual
+from stages.s_test.solver import (
+    PROBE_VECTORS,
+    DampedSolver,
+    Damping,
+    Prepared,
+    RelativeDamping,
+    Solution,
+    Solve,
+    relative_residual,
+)
 from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, StageError, silent
 
 if TYPE_CHECKING:
@@ -46,12 +55,14 @@ class Nystrom(DampedSolver):
     """A Nyström approximation to the Gauss-Newton matrix.
 
     Attributes:
+        damping: by default ten times that of other solvers, since directions that are left out are divided by it alone.
         rank: random vectors that are multiplied by H.
     """
 
     state_vectors: ClassVar[int] = 6
 
     solver: Literal["nystrom"] = "nystrom"
+    damping: Damping = RelativeDamping(relative=1.0)
     rank: Count = 256
 
     def preparation(self) -> dict[str, Any]:
