@@ -180,7 +180,11 @@ class Influences:
         if self.weights:
             found = self._of_members(lambda one: one.gradient_norm)
             return None if found is None else max(found)
-        return None if self._prepared is None else float(self._prepared.array("gradient_norm")[()])
+        group = self._prepared
+        while group is not None and "gradient_norm" not in group:  # it was measured for what this was prepared of
+            before = group.attributes["reads"].get("curvature")
+            group = self._cache.find("curvature", before) if before else None
+        return None if group is None else float(group.array("gradient_norm")[()])
 
     def _of_members(self, asked: Callable[[Influences], Found | None]) -> list[Found] | None:
         """Ask all models whose scores were combined; None where one of them does not know."""
