@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from cases import Case
 
 HEADING = ("method", "models", "LDS (95 %)", "LOO Pearson", "slope")
-METHODS = tuple((solver, damping) for solver in ("exact", "cg", "ekfac") for damping in (0.1, 1.0))
-"""Solvers, each with λ as a part of the mean eigenvalue: the package's default, and ten times that."""
+METHODS: tuple[tuple[str, float | None], ...] = (
+    *(("exact", None), ("exact", 0.1), ("exact", 1.0)),
+    *(("cg", None), ("cg", 0.1), ("cg", 1.0)),
+    *(("ekfac", 0.1), ("ekfac", 1.0)),
+)
+"""Solvers, each with λ as a part of the mean eigenvalue, or None where the solver finds it, as it does by default."""
 
 
 def states(case: Case, count: int, folder: Path) -> list[Path]:
@@ -43,7 +47,7 @@ def states(case: Case, count: int, folder: Path) -> list[Path]:
 
 
 def rows(
-    case: Case, measuring: Measuring, methods: Sequence[tuple[str, float]], counts: Sequence[int]
+    case: Case, measuring: Measuring, methods: Sequence[tuple[str, float | None]], counts: Sequence[int]
 ) -> list[tuple[str, ...]]:
     """Return the rows of a case, for each method one with each number of models."""
     import influence_pipeline as ip
@@ -52,7 +56,7 @@ def rows(
     train, test, _ = case.data()
     for solver, damping in methods:
         settings = ip.Settings(
-            s_test={"solver": solver, "damping": {"relative": damping}},
+            s_test={"solver": solver, "damping": {"relative": damping} if damping else "auto"},
             runtime={"progress": False, "device": "cpu"},
         )
         for count in counts:
@@ -61,7 +65,7 @@ def rows(
             experiment = ip.Experiment(case.network, case.task, train, {"holdout": test}, checkpoints=checkpoints)
             influences = ip.Pipeline(experiment, measuring.folder / "ensembles", settings).run()["holdout"]
             f = measuring.truth.figures(influences.scores[:])
-            title = f"`{solver}`, λ = {damping:g} of the mean"
+            title = f"`{solver}`, λ = {damping:g} of the mean" if damping else f"`{solver}`, λ found"
             lds = f"{f.lds:.3f} ({f.low:.3f}–{f.high:.3f})"
             found.append((title, str(count), lds, f"{f.pearson:.4f}", f"{f.slope:.3g}"))
             seconds = time.perf_counter() - began
@@ -85,7 +89,7 @@ def main() -> None:
         if name not in (options.only or ("mlp",)):
             continue
         measuring = Measuring(case, options.folder, options.workers)
-        sizes = (METHODS[::5], (1, 2)) if options.quick else (METHODS, (1, 3, 10))
+        sizes = (METHODS[1::6], (1, 2)) if options.quick else (METHODS, (1, 3, 10))
         found = rows(case, measuring, *sizes)
         lines = (f"| {' | '.join(cells)} |" for cells in (HEADING, ("---",) * len(HEADING), *found))
         print(f"**{case.title}** ({measuring.truth})", "", *lines, sep="\n", flush=True)
