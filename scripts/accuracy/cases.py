@@ -59,8 +59,9 @@ class Case:
         network: makes the model, untrained.
         task: the loss and its penalty.
         fit: trains the model.
-        damping: λ as a part of the mean eigenvalue, chosen without looking at any accuracy: the package's default, but
-            none where there is one optimum, whose H the penalty makes positive definite by itself.
+        damping: λ as a part of the mean eigenvalue, for solvers that do not find it themselves, chosen without looking
+            at any accuracy: the package's default, but none where there is one optimum, whose H the penalty makes
+            positive definite by itself.
         size: how many models are trained again.
         suffix: to the name of its weights.
     """

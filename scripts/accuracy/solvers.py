@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from cases import Case
@@ -15,6 +15,7 @@ from truth import Scored
 
 import influence_pipeline as ip
 
+Damping = float | Literal["auto"] | None
 DAMPINGS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)
 """λ as parts of the mean eigenvalue, for the best in hindsight."""
 
@@ -26,23 +27,29 @@ class Method:
     Attributes:
         title: for people.
         settings: sections of a pipeline's settings, without the damping.
+        auto: whether λ is found by the package, its default, and not the case's.
         direct: whether it solves by a factor, for a thousand samples as for one, so that other dampings are tried for
             the best in hindsight, and that there is the self-influence of every training sample.
     """
 
     title: str
     settings: dict[str, dict[str, Any]]
+    auto: bool = False
     direct: bool = True
 
 
 SOLVERS = {
     "identity": Method("`identity`", {"s_test": {"solver": "identity"}}),
-    "lissa": Method("`lissa`", {"s_test": {"solver": "lissa"}}, direct=False),
-    "cg": Method("`cg`", {"s_test": {"solver": "cg"}}, direct=False),
+    "lissa": Method("`lissa`", {"s_test": {"solver": "lissa"}}, auto=True, direct=False),
+    "cg": Method("`cg`", {"s_test": {"solver": "cg"}}, auto=True, direct=False),
     "nystrom": Method("`nystrom`, rank 256", {"s_test": {"solver": "nystrom", "rank": 256}}),
-    "exact": Method("`exact`", {"s_test": {"solver": "exact"}}),
-    "newton": Method("`exact`, Newton", {"s_test": {"solver": "exact"}, "influence": {"correction": "newton"}}),
-    "hessian": Method("`exact`, Hessian", {"s_test": {"solver": "exact", "curvature": "hessian"}}),
+    "exact": Method("`exact`", {"s_test": {"solver": "exact"}}, auto=True),
+    "newton": Method(
+        *("`exact`, Newton", {"s_test": {"solver": "exact"}, "influence": {"correction": "newton"}}),
+        auto=True,
+        direct=False,  # a stage more for each λ
+    ),
+    "hessian": Method("`exact`, Hessian", {"s_test": {"solver": "exact", "curvature": "hessian"}}, auto=True),
     "fisher": Method("`fisher`", {"s_test": {"solver": "fisher"}}),
     "kfac": Method("`kfac`", {"s_test": {"solver": "kfac"}}),
     "ekfac": Method("`ekfac`", {"s_test": {"solver": "ekfac"}}),
@@ -51,9 +58,10 @@ SOLVERS = {
 
 def scored(method: Method, case: Case) -> Iterator[Scored | str]:
     """Score with the chosen damping, then with the others; or say why there are no scores with one of them."""
-    dampings: list[float | None] = [case.damping]
+    chosen = "auto" if method.auto else case.damping
+    dampings: list[Damping] = [chosen]
     if method.direct:
-        dampings += [damping for damping in DAMPINGS if damping != case.damping]
+        dampings += [damping for damping in DAMPINGS if damping != chosen]
     if method.settings["s_test"]["solver"] == "identity":
         dampings = [None]
     with tempfile.TemporaryDirectory(prefix="accuracy_") as folder:
@@ -64,10 +72,11 @@ def scored(method: Method, case: Case) -> Iterator[Scored | str]:
                 yield f"{_shown(damping)}: {str(error).partition('. ')[0]}"
 
 
-def _scored(method: Method, case: Case, damping: float | None, folder: Path) -> Scored:
+def _scored(method: Method, case: Case, damping: Damping, folder: Path) -> Scored:
     sections = {name: dict(section) for name, section in method.settings.items()}
     if damping is not None:
-        sections["s_test"]["damping"] = {"relative": damping} if damping else 0.0
+        relative = isinstance(damping, float) and damping > 0
+        sections["s_test"]["damping"] = {"relative": damping} if relative else damping
     if sections["s_test"]["solver"] == "lissa":
         sections["s_test"]["recursion_depth"] = case.size.depth
     settings = ip.Settings(**sections, runtime={"progress": False, "device": "cpu"})
@@ -79,7 +88,9 @@ def _scored(method: Method, case: Case, damping: float | None, folder: Path) -> 
     return Scored(_shown(damping), np.asarray(found.scores[:]), own, seconds)
 
 
-def _shown(damping: float | None) -> str:
+def _shown(damping: Damping) -> str:
     if damping is None:
         return ""
+    if damping == "auto":
+        return "λ found"
     return f"λ = {damping:g} of the mean" if damping else "λ = 0"

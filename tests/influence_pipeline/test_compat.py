@@ -242,16 +242,17 @@ def solver_of(**config: Any) -> Any:
 
 
 def test_config_is_translated():
-    given = {"recursion_depth": 10, "damp": 0.01, "scale": 25, "seed": 3}
+    config = {"recursion_depth": 10, "damp": 0.01, "scale": 25, "seed": 3}
     for name in ("r", "r_averaging"):
-        solver = solver_of(**given, **{name: 2})
+        solver = solver_of(**config, **{name: 2})
         assert (solver.recursion_depth, solver.repeats, solver.scale, solver.seed) == (10, 2, 25.0, 3)
         assert solver.damping == pytest.approx(0.25)
         assert solver.batch_size == 32
     assert solver_of(r=2, r_averaging=2).repeats == 2
     assert solver_of(damp=0).damping == 0
     defaults = solver_of(recursion_depth=None, r=None, damp=None, scale=None, seed=None)
-    assert defaults == ip.Settings(s_test={"solver": "lissa", "batch_size": 32}).s_test
+    given = {"solver": "lissa", "batch_size": 32, "damping": {"relative": 0.1}}
+    assert defaults == ip.Settings(s_test=given).s_test
     assert defaults.scale == defaults.recursion_depth == "auto"
     assert solver_of(scale=25).damping == defaults.damping
 
