@@ -59,9 +59,6 @@ class Case:
         network: makes the model, untrained.
         task: the loss and its penalty.
         fit: trains the model.
-        damping: λ as a part of the mean eigenvalue, for solvers that do not find it themselves, chosen without looking
-            at any accuracy: the package's default, but none where there is one optimum, whose H the penalty makes
-            positive definite by itself.
         size: how many models are trained again.
         suffix: to the name of its weights.
     """
@@ -72,7 +69,6 @@ class Case:
     network: Callable[[], nn.Module]
     task: ip.Classification
     fit: Fit
-    damping: float
     size: Size
     suffix: str = ""
 
@@ -239,11 +235,11 @@ def cases(quick: bool = False) -> dict[str, Case]:
         key: str, title: str, data: Callable[[], Data], network: Callable[[], nn.Module], l2: float, epochs: int
     ) -> Case:
         fit = partial(by_adam, epochs=2 if quick else epochs, step=5e-3)
-        return Case(key, title, data, network, ip.Classification(l2), fit, 0.1, thrice, suffix)
+        return Case(key, title, data, network, ip.Classification(l2), fit, thrice, suffix)
 
     linear_task = ip.Classification(1e-3)
     found = (
-        Case("logistic", "Logistic regression, digits", images, linear, linear_task, by_newton, 0.0, once, suffix),
+        Case("logistic", "Logistic regression, digits", images, linear, linear_task, by_newton, once, suffix),
         net("mlp", "MLP, digits", images, networks[0], 1e-3, 40),
         net("cnn", "CNN, digits", images, networks[1], 1e-3, 30),
         net("table", "MLP, breast tumours", patients, table, 1e-2, 60),

@@ -8,7 +8,7 @@ hour.
 LDS is the linear datamodeling score with a 95 % bootstrap interval; LOO Pearson and slope (of actual against predicted)
 are of effects of single samples; AUC is of finding wrong labels, by self-influence ("own"; not by iterative solvers,
 which solve a thousand times for it) and by the harm to the tests on average. λ is found by the solver where it can do
-that, or chosen beforehand; in hindsight, the one with the best LDS of some is named. LiSSA goes some fixed steps.
+that, the default otherwise; in hindsight, the one with the best LDS of some is named. LiSSA goes some fixed steps.
 """
 
 from __future__ import annotations

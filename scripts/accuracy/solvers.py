@@ -27,29 +27,26 @@ class Method:
     Attributes:
         title: for people.
         settings: sections of a pipeline's settings, without the damping.
-        auto: whether λ is found by the package, its default, and not the case's.
         direct: whether it solves by a factor, for a thousand samples as for one, so that other dampings are tried for
             the best in hindsight, and that there is the self-influence of every training sample.
     """
 
     title: str
     settings: dict[str, dict[str, Any]]
-    auto: bool = False
     direct: bool = True
 
 
 SOLVERS = {
     "identity": Method("`identity`", {"s_test": {"solver": "identity"}}),
-    "lissa": Method("`lissa`", {"s_test": {"solver": "lissa"}}, auto=True, direct=False),
-    "cg": Method("`cg`", {"s_test": {"solver": "cg"}}, auto=True, direct=False),
+    "lissa": Method("`lissa`", {"s_test": {"solver": "lissa"}}, direct=False),
+    "cg": Method("`cg`", {"s_test": {"solver": "cg"}}, direct=False),
     "nystrom": Method("`nystrom`, rank 256", {"s_test": {"solver": "nystrom", "rank": 256}}),
-    "exact": Method("`exact`", {"s_test": {"solver": "exact"}}, auto=True),
+    "exact": Method("`exact`", {"s_test": {"solver": "exact"}}),
     "newton": Method(
         *("`exact`, Newton", {"s_test": {"solver": "exact"}, "influence": {"correction": "newton"}}),
-        auto=True,
         direct=False,  # a stage more for each λ
     ),
-    "hessian": Method("`exact`, Hessian", {"s_test": {"solver": "exact", "curvature": "hessian"}}, auto=True),
+    "hessian": Method("`exact`, Hessian", {"s_test": {"solver": "exact", "curvature": "hessian"}}),
     "fisher": Method("`fisher`", {"s_test": {"solver": "fisher"}}),
     "kfac": Method("`kfac`", {"s_test": {"solver": "kfac"}}),
     "ekfac": Method("`ekfac`", {"s_test": {"solver": "ekfac"}}),
@@ -57,13 +54,12 @@ SOLVERS = {
 
 
 def scored(method: Method, case: Case) -> Iterator[Scored | str]:
-    """Score with the chosen damping, then with the others; or say why there are no scores with one of them."""
-    chosen = "auto" if method.auto else case.damping
-    dampings: list[Damping] = [chosen]
-    if method.direct:
+    """Score with the default damping, then with the others; or say why there are no scores with one of them."""
+    default = getattr(ip.Settings(**method.settings).s_test, "damping", None)
+    chosen: Damping = getattr(default, "relative", default)
+    dampings = [chosen]
+    if method.direct and chosen is not None:
         dampings += [damping for damping in DAMPINGS if damping != chosen]
-    if method.settings["s_test"]["solver"] == "identity":
-        dampings = [None]
     with tempfile.TemporaryDirectory(prefix="accuracy_") as folder:
         for damping in dampings:
             try:

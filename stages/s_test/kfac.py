@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from stages.s_test.solver import DampedSolver, NotPositiveDefinite, Prepared, Solution, Solve, relative_residual
+from stages.s_test.solver import (
+    DampedSolver,
+    Damping,
+    NotPositiveDefinite,
+    Prepared,
+    RelativeDamping,
+    Solution,
+    Solve,
+    relative_residual,
+)
 from stages.stage import Array, Progress, Report, StageError
 
 if TYPE_CHECKING:
@@ -36,6 +45,8 @@ class EigenbasisSolver(DampedSolver):
     Attributes:
         fisher: "sampled" draws targets from the model's own distribution, which a task must know (``Task.sample``);
             "empirical" takes the training targets.
+
+    Directions have eigenvalues of their own, of which the small ones are no worse known than the large: λ may be small.
     """
 
     state_vectors: ClassVar[int] = 15
@@ -51,6 +62,7 @@ class EigenbasisSolver(DampedSolver):
         "positions": "training samples times positions at which each layer was met, 0 for one without factors",
     }
 
+    damping: Damping = RelativeDamping(relative=0.01)
     fisher: Literal["sampled", "empirical"] = "sampled"
 
     @property

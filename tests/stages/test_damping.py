@@ -146,6 +146,6 @@ def test_what_it_depends_on_is_part_of_what_is_prepared() -> None:
 
 def test_solvers_that_have_no_products_refuse_it() -> None:
     assert Cg().damping == "auto"
-    assert Kfac().damping == RelativeDamping(relative=0.1)
+    assert Kfac().damping == RelativeDamping(relative=0.01)
     with pytest.raises(ValidationError, match=r"exact.*cg.*lissa"):
         Kfac(damping="auto")
