@@ -96,8 +96,10 @@ class AutoDamping(Solver):
         """Sum the gradients of those samples that are in each half."""
         halves = halves_of(len(curvature.samples), self.seed)
         within = [sorted(half.intersection(ids)) for half in map(set, halves)]
-        rows = [curvature.gradient_sum(some, report).cpu().numpy() for some in within]
-        return {"half_sum": np.stack(rows)}
+        found_RD = np.empty((HALVES, curvature.dim))
+        for row, some in enumerate(within):
+            found_RD[row] = curvature.gradient_sum(some, report).cpu().numpy()
+        return {"half_sum": found_RD}
 
     def summary(self, curvature: Curvature, prepared: Prepared, report: Report) -> dict[str, Array]:
         """Try one λ after the other."""
@@ -105,17 +107,25 @@ class AutoDamping(Solver):
 
         mean, product = self.of.mean_eigenvalue(prepared), self.of.over(curvature, prepared)
         sums_RD = torch.from_numpy(np.asarray(prepared["half_sum"][:])).to(curvature.function.device)
-        found = tried(curvature, product, mean, sums_RD, self.seed, report)
+        found = tried(curvature, product, mean, sums_RD, self.seed, self.together(curvature), report)
         named = {"auto_damping": found.best, "tried_damping": found.dampings, "objective_change": found.changes}
         return {name: np.asarray(value) for name, value in named.items()}
 
-    def preparing_vectors(self, curvature: Curvature) -> int:
-        """Return those of the solutions for all halves."""
-        return VECTORS * HALVES
+    def together(self, curvature: Curvature) -> int:
+        """Return for how many halves is solved at once: as many as the memory has room for."""
+        numbers = curvature.dim * curvature.function.dtype.itemsize
+        left = curvature.memory_bytes - self.of.over_bytes(curvature) - self._kept_bytes(curvature)
+        return max(1, min(HALVES, left // (VECTORS * numbers)))
 
     def summing_bytes(self, curvature: Curvature) -> int:
-        """Return what the sums take, and products with H."""
-        return 3 * 8 * HALVES * curvature.dim + self.of.over_bytes(curvature)
+        """Return what the sums take while they are added up, or solving with them, and products with H."""
+        numbers = curvature.dim * curvature.function.dtype.itemsize
+        solving = self._kept_bytes(curvature) + VECTORS * self.together(curvature) * numbers
+        return max(3 * 8 * HALVES * curvature.dim, solving) + self.of.over_bytes(curvature)
+
+    def _kept_bytes(self, curvature: Curvature) -> int:
+        """Return what the sums take, as they are and as right-hand sides."""
+        return HALVES * curvature.dim * (8 + curvature.function.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,9 @@ class Tried:
         return min(found)[1]
 
 
-def tried(curvature: Curvature, product: Product, mean: float, sums_RD: Tensor, seed: int, report: Report) -> Tried:
+def tried(
+    curvature: Curvature, product: Product, mean: float, sums_RD: Tensor, seed: int, together: int, report: Report
+) -> Tried:
     """Try one λ after the other.
 
     Args:
@@ -156,8 +168,11 @@ def tried(curvature: Curvature, product: Product, mean: float, sums_RD: Tensor, 
         mean: eigenvalue of H, positive.
         sums_RD: Σ ∇L over each half, (R, D).
         seed: of the halves.
+        together: halves for which is solved at once.
         report: of progress.
     """
+    import torch
+
     count = len(curvature.samples)
     halves = halves_of(count, seed)
     rhs_RD = (sums_RD / count).to(curvature.function.dtype)
@@ -166,10 +181,13 @@ def tried(curvature: Curvature, product: Product, mean: float, sums_RD: Tensor, 
     dampings, changes = [factor * mean for factor in GRID], [math.nan] * len(GRID)
     for number, damping in enumerate(dampings):
         report(Progress(number, len(GRID), "damping"))
-        steps_RD = _solved(product, damping, rhs_RD)
-        if steps_RD is None:
-            break  # nor is any smaller one enough
-        after = [_moved(curvature, ids, step_D) for ids, step_D in zip(looked_at, steps_RD, strict=True)]
+        after: list[tuple[float, float]] = []
+        for some_RD in torch.split(rhs_RD, together):
+            steps_RD = _solved(product, damping, some_RD)
+            if steps_RD is None:
+                return Tried(tuple(dampings), tuple(changes))  # nor is any smaller one enough
+            for step_D in steps_RD:
+                after.append(_moved(curvature, looked_at[len(after)], step_D))
         changes[number] = _mean_change([1 - len(half) / count for half in halves], before, after)
         if _rising(changes[: number + 1]):
             break

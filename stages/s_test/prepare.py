@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -86,12 +85,16 @@ class Prepare(Preparation):
 
     def finish(self, arrays: Mapping[str, ArrayLike], report: Report = silent) -> dict[str, Array]:
         """Compute the numbers."""
-        sums = {
-            name: functools.reduce(np.add, (arrays[name][number : number + 1][0] for number in range(len(self.grid))))
-            for name in self.solver.sum_shapes(self.curvature.function)
-        }
+        sums = {name: self._added_up(arrays[name]) for name in self.solver.sum_shapes(self.curvature.function)}
         losses = probe_losses(self.curvature.function, self.curvature.samples, probes(len(self.curvature.samples)))
         return {"probe_loss": losses, **self.solver.summary(self.curvature, {**self.prepared, **sums}, report)}
+
+    def _added_up(self, parts: ArrayLike) -> Array:
+        """Add up the sums over all parts, in their order, one after the other: each may take much memory."""
+        total: Array = np.array(parts[:1][0])
+        for number in range(1, len(self.grid)):
+            total += parts[number : number + 1][0]
+        return total
 
 
 def probe_losses(function: ModelFunction, samples: Samples, ids: Sequence[int]) -> Array:

@@ -200,6 +200,8 @@ def experiment():
 SETTINGS = """\
 experiment = "experiment.py:experiment"
 cache = "cache"
+[s_test]
+damping = { relative = 0.1 }
 [influence]
 top_k = 1
 [runtime]

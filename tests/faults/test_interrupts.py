@@ -111,6 +111,8 @@ def experiment():
 SETTINGS = """\
 experiment = "experiment.py:experiment"
 cache = "runs"
+[s_test]
+damping = { relative = 0.1 }
 [influence]
 top_k = 1
 [runtime]

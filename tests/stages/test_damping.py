@@ -25,11 +25,11 @@ from tests.oracles import CASES, Case, Data, make, mlp
 dense = functools.cache(oracles.dense)
 
 
-def found(case: Case, kind: str = "ggn", seed: int = 0) -> Tried:
+def found(case: Case, kind: str = "ggn", seed: int = 0, together: int = 3) -> Tried:
     curvature = case.curvature(kind)
     matrix = dense(case, kind)
     sums_RD = torch.stack([oracles.gradients(case)[half].sum(0) for half in damping.halves_of(len(case.data), seed)])
-    return tried(curvature, lambda x: x @ matrix, float(matrix.diagonal().mean()), sums_RD, seed, silent)
+    return tried(curvature, lambda x: x @ matrix, float(matrix.diagonal().mean()), sums_RD, seed, together, silent)
 
 
 def objective(case: Case, kept: list[int], step_D: Tensor) -> float:
@@ -112,7 +112,7 @@ def test_only_some_samples_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_indefinite_matrix_is_refused() -> None:
     case = make(mlp)
     curvature, sums_RD = case.curvature("ggn"), torch.ones(damping.HALVES, len(case.theta), dtype=torch.float64)
-    result = tried(curvature, lambda x: -1e6 * x, 1.0, sums_RD, 0, silent)
+    result = tried(curvature, lambda x: -1e6 * x, 1.0, sums_RD, 0, 4, silent)
     assert all(map(math.isnan, result.changes))
     with pytest.raises(StageError, match=r"not positive definite even for λ = 100.*curvature = \"ggn\""):
         _ = result.best
