@@ -112,7 +112,7 @@ SETTINGS = """\
 experiment = "experiment.py:experiment"
 cache = "runs"
 [s_test]
-damping = { relative = 0.1 }
+damping = {{ relative = 0.1 }}
 [influence]
 top_k = 1
 [runtime]
