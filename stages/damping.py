@@ -121,7 +121,8 @@ class AutoDamping(Solver):
         """Return what the sums take while they are added up, or solving with them, and products with H."""
         numbers = curvature.dim * curvature.function.dtype.itemsize
         solving = self._kept_bytes(curvature) + VECTORS * self.together(curvature) * numbers
-        return max(3 * 8 * HALVES * curvature.dim, solving) + self.of.over_bytes(curvature)
+        # Those of a part, of the part before while it is written, encoded, and the gradients that are added up.
+        return max(4 * 8 * HALVES * curvature.dim, solving) + self.of.over_bytes(curvature)
 
     def _kept_bytes(self, curvature: Curvature) -> int:
         """Return what the sums take, as they are and as right-hand sides."""
