@@ -124,7 +124,7 @@ LIMIT = 60.0
 """Seconds that a moment is waited for, and that it lasts."""
 AT_ONCE = 30.0
 """Seconds within which a run ends that does not wait for its moment to end."""
-GRACE = 15.0
+GRACE = 60.0
 """Seconds after the end of a run in which its worker processes have to be gone."""
 INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 STAGES = ("grad_z", "curvature", "s_test", "influence")
