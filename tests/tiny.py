@@ -63,6 +63,12 @@ def settings(**sections: dict[str, Any]) -> ip.Settings:
     return ip.Settings(**{name: {**basis.get(name, {}), **sections.get(name, {})} for name in SECTIONS})
 
 
+def solved_by(settings: str, **solver: Any) -> str:
+    """Return the text of a settings file of `project` with other settings of the solver."""
+    lines = "".join(f"{name} = {value!r}\n" for name, value in solver.items())
+    return settings.replace("[s_test]\ndamping = { relative = 0.1 }\n", f"[s_test]\n{lines}")
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Return the content of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

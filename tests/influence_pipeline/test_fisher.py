@@ -139,8 +139,7 @@ def test_workers_give_the_same_bytes(make: Make, project: Path, new_workers: Non
     for form in ("samples", "rank"):
         sections = SETTINGS[form]
         text = project.read_text().replace('"runs"', f'"{form}"').replace("[runtime]", "[runtime]\nworkers = 2")
-        solver = "".join(f"{name} = {value!r}\n".replace("'", '"') for name, value in sections["s_test"].items())
-        (tmp_path / f"{form}.toml").write_text(f"{text}[s_test]\n{solver}")
+        (tmp_path / f"{form}.toml").write_text(tiny.solved_by(text, **sections["s_test"]))
         ip.Pipeline.from_toml(tmp_path / f"{form}.toml").run()
         make(tmp_path / f"{form} by one", **sections).run()
         assert tiny.files(tmp_path / form) == tiny.files(tmp_path / f"{form} by one")
@@ -262,7 +261,7 @@ def test_without_gradients_it_says_what_makes_them(make: Make, project: Path, ca
     with pytest.raises(ip.MissingStage, match=r"grad_z is not complete: 4 of 4 blocks.*pipeline\.grad_z\(\)"):
         make(s_test=FISHER).s_test("holdout")
     assert not (cache / "curvature").exists()
-    project.write_text(project.read_text() + '[s_test]\nsolver = "fisher"\n')
+    project.write_text(tiny.solved_by(project.read_text(), solver="fisher"))
     said = CliRunner().invoke(app, ["s-test", str(project)])
     assert said.exit_code == 2
     assert "influence-pipeline grad-z" in said.output

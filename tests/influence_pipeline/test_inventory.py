@@ -183,7 +183,7 @@ def test_garbage_is_removed_and_results_stay(run: Path) -> None:
     cache = run.parent / "runs"
     before = tiny.files(cache)
     other = run.parent / "other.toml"
-    other.write_text(run.read_text() + "\n[s_test]\nsolver = 'cg'\ndamping = 0.5\n")
+    other.write_text(tiny.solved_by(run.read_text(), solver="cg", damping=0.5))
     ip.Pipeline.from_toml(other).s_test("holdout")
     code, said = invoke(run, "gc", "--yes")
     assert code == 0

@@ -258,9 +258,8 @@ def test_scores_ask_for_it_by_a_call_and_a_command_that_exist(make: Make, projec
     assert pipeline.newton().computed == 4
     with pytest.raises(ip.MissingStage, match="s_test of holdout"):
         pipeline.influence("holdout")
-    with project.open("a") as settings:
-        settings.write('[s_test]\nsolver = "exact"\n')
-    project.write_text(project.read_text().replace("top_k = 1", 'top_k = 1\ncorrection = "newton"'))
+    text = project.read_text().replace("top_k = 1", 'top_k = 1\ncorrection = "newton"')
+    project.write_text(tiny.solved_by(text, solver="exact"))
     for command in ("newton", "s-test", "influence"):
         result = CliRunner().invoke(app, [command, str(project)])
         assert result.exit_code == 0, result.output
