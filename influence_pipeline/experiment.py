@@ -323,6 +323,12 @@ def weights_hash(model: nn.Module) -> str:
     return state.hexdigest()[:16]
 
 
+def absolute(reference: str) -> str:
+    """Return a reference that means the same in any folder."""
+    place, _, name = reference.partition(":")
+    return f"{Path(place).absolute()}:{name}" if place.endswith(".py") else reference
+
+
 def load(reference: str) -> Experiment:
     """Call the function that a reference names, "file.py:function" or "package.module:function".
 
@@ -350,6 +356,22 @@ def load(reference: str) -> Experiment:
     return experiment
 
 
+_files: dict[str, set[str]] = {}
+"""Folders of the files that were loaded here, with the names of the modules that were there before."""
+
+
+def forget_files() -> None:
+    """Have files, and what they import of their folders, loaded anew: a worker of a cluster outlives their edits."""
+    for folder, before in _files.items():
+        for name in sys.modules.keys() - before:
+            place = Path(getattr(sys.modules[name], "__file__", None) or "/")
+            if place.is_relative_to(folder) and "site-packages" not in place.parts:
+                del sys.modules[name]
+        sys.path.remove(folder)
+    _files.clear()
+    importlib.invalidate_caches()
+
+
 def _load_file(path: Path) -> ModuleType:
     """Import a file by its path, with its folder on the path so that it can import its neighbours.
 
@@ -370,6 +392,7 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
+        _files[str(path.parent)] = set(sys.modules) - {name}
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from influence_pipeline import checks, inventory, report, room, runner
+from influence_pipeline import checks, engines, inventory, report, room, runner
 from influence_pipeline.cache import Cache, Group, key_of, nearest
 from influence_pipeline.checks import Verification
 from influence_pipeline.combined import Part, combined_place, named, part
@@ -24,8 +24,9 @@ from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage,
 from influence_pipeline.evaluate import Evaluation, evaluate
 from influence_pipeline.evaluate.left_out import listed
 from influence_pipeline.evaluate.truth import Measured, Truth
-from influence_pipeline.experiment import Experiment, load, weights_hash
+from influence_pipeline.experiment import Experiment, absolute, forget_files, load, weights_hash
 from influence_pipeline.influences import Influences
+from influence_pipeline.logs import logging_to
 from influence_pipeline.place import Place, read_paths
 from influence_pipeline.plan import LARGE_BYTES, Plan, StagePlan, Suggestion, Timing, show_bytes
 from influence_pipeline.runner import Outcome
@@ -74,6 +75,11 @@ class Pipeline:
             raise RequestError("no cache: give Pipeline a folder, or settings that name one (cache = …)")
         if not isinstance(experiment, (Experiment, str)) and not callable(experiment):
             raise RequestError(f"experiment must be an ip.Experiment or a reference, got {type(experiment).__name__}")
+        if self.settings.runtime.on_cluster and not isinstance(experiment, str):
+            raise RequestError(
+                f"workers of {self.settings.runtime.backend!r} load the experiment from a file: name it as "
+                '"/path/file.py:function"'
+            )
         self.cache = Cache(folder)
         self._source, self._keep_curvature = experiment, keep_curvature
         self._token = uuid.uuid4().hex
@@ -725,7 +731,7 @@ class Pipeline:
         Raises:
             CacheDamaged: something is, and no block can be computed anew for it.
         """
-        with runner.logging_to(self.settings.runtime.log_file):
+        with logging_to(self.settings.runtime.log_file):
             last = ""
             for _ in range(MOST_MENDS):
                 try:
@@ -759,7 +765,7 @@ class Pipeline:
     def _run_once(self, place: Place, beside: Sequence[Place] = (), *, measure: bool = False) -> Outcome:
         runtime = self.settings.runtime
         if place.parts:  # reads more than it computes
-            runtime = runtime.model_copy(update={"workers": 1})
+            runtime = runtime.model_copy(update={"workers": 1, "backend": "loky", "address": None})
         for other in beside:
             self._open(other)
         group = self._open(place)
@@ -771,7 +777,7 @@ class Pipeline:
             with self._sent() as source:
                 rebuild = functools.partial(
                     _rebuild,
-                    *(self._token, source, self.settings, str(self.cache.path), place),
+                    *(self._token, source, self.settings, str(self.cache.path.absolute()), place),
                     # Where there are checkpoints, the model's own weights count for nothing.
                     None if self.members else self._works.context.weights,
                     keep_curvature=self._keep_curvature,
@@ -801,8 +807,8 @@ class Pipeline:
     def _sent(self) -> Iterator[str | Path]:
         """Give what worker processes load the experiment from."""
         if isinstance(self._source, str):
-            yield self._source
-        elif self.settings.runtime.workers == 1:
+            yield absolute(self._source)
+        elif self.settings.runtime.processes == 1:
             yield ""
         else:
             with runner.shared(self._source) as path:
@@ -956,7 +962,7 @@ class Pipeline:
             passes=work.passes,
             differs=nearest(place.identity, others) if group is None else self._grown(place, group),
             timing=timing,
-            seconds=0.0 if timing is None else timing.left(entries, len(missing), self.settings.runtime.workers),
+            seconds=0.0 if timing is None else timing.left(entries, len(missing), engines.count(self.settings.runtime)),
         )
 
 
@@ -1001,9 +1007,15 @@ def _rebuild(
     beside: Sequence[Place] = (),
     checkpoint: str | None = None,
 ) -> tuple[Work, Group]:
-    """Make the work of a stage in a worker process, which keeps model and data for the pipeline's next stage."""
+    """Make the work of a stage in a worker process, which keeps model and data for the pipeline's next stage.
+
+    Raises:
+        WorkError: the stage's arrays are gone.
+    """
     if (token, "") not in _loaded:
         _loaded.clear()
+        if settings.runtime.on_cluster:
+            forget_files()
         experiment = _experiment(runner.take_shared(source) if isinstance(source, Path) else source)
         _loaded[token, ""] = Context(experiment, settings, None if checkpoint else weights)
     if (token, checkpoint or "") not in _loaded:
@@ -1016,5 +1028,6 @@ def _rebuild(
         if each.tests is not None:
             works.expect_tests(each.tests)
     group = works.find(place)
-    assert group is not None
+    if group is None:
+        raise WorkError(f"{works.cache.path / place.stage / place.name} is gone: it was removed meanwhile. Run again")
     return works.work(place, beside), group

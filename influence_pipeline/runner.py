@@ -1,44 +1,39 @@
 """The runner: finds the blocks that are missing, has them computed, and keeps them.
 
-It knows no calculus. Blocks go to a joblib backend; each is computed and written by one worker, its record last,
-so that whatever happens the next run goes on with the first block that has no valid record. The only place that
-imports joblib and tqdm.
+It knows no calculus. Each block is computed and written by one process, this one or a worker, its record last, so that
+whatever happens the next run goes on with the first block that has no valid record. The only place that imports tqdm.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
-import functools
 import logging
-import os
 import tempfile
-import threading
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import joblib
 import torch
 from tqdm import tqdm
 
-from influence_pipeline.cache import Group, claims, leave_no_lock
+from influence_pipeline.cache import Group
+from influence_pipeline.engines import in_workers
+from influence_pipeline.engines.local import threads_each
+from influence_pipeline.engines.worker import Rebuild, named_errors
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.peak import most_held, peak
 from influence_pipeline.plan import Timing
 from influence_pipeline.settings import RuntimeSettings
-from influence_pipeline.signals import deaf_to_interrupts, interrupted_once, shielded
+from influence_pipeline.signals import interrupted_once
 from influence_pipeline.work import Work, pending
-from stages.stage import Block, Progress, StageError
+from stages.stage import Block, Progress
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +62,6 @@ class Outcome:
     timing: Timing | None = None
 
 
-Rebuild = Callable[[], tuple[Work, Group]]
-"""Makes the same work in another process; must be picklable by reference."""
 Room = Callable[[list[Block]], list[Block]]
 """Refuses blocks that do not fit the disk; returns those that may be computed before it is asked again."""
 
@@ -100,10 +93,10 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
     with _computing(work, missing, runtime) as bar:
         while missing:
             now = room(missing)
-            if runtime.workers == 1 or len(now) < 2:
+            if not runtime.on_cluster and (runtime.processes == 1 or len(now) < 2):
                 done = _here(work, group, now, bar)
             else:
-                done = _in_workers(work, group, now, runtime, rebuild, token, bar)
+                done = in_workers(work.label, group, now, runtime, rebuild, token, bar.finished)
             tries.update(done)
             computed += len(done)
             if tries and max(tries.values()) > MOST_TRIES:
@@ -158,8 +151,8 @@ def _computing(work: Work, missing: list[Block], runtime: RuntimeSettings) -> It
         work.memory()
     _give_back()
     with (
-        _threads(runtime.workers),
-        _named_errors(work.label),
+        _threads(runtime.processes),
+        named_errors(work.label),
         interrupted_once(),
         work.computing(),
         _Bar(work, missing, runtime.progress) as bar,
@@ -197,154 +190,12 @@ def _here(work: Work, group: Group, missing: list[Block], bar: _Bar) -> list[tup
     return done
 
 
-def _in_workers(
-    work: Work, group: Group, missing: list[Block], runtime: RuntimeSettings, rebuild: Rebuild, token: str, bar: _Bar
-) -> list[tuple[int, ...]]:
-    """Have blocks computed by processes; each writes its own and only its index comes back.
-
-    Raises:
-        WorkError: a worker process died.
-    """
-    blocks, done = {block.index: block for block in missing}, []
-    threads, workers = _threads_each(runtime.workers), min(runtime.workers, len(missing))
-    log_file = None if runtime.log_file is None else str(runtime.log_file)
-    parallel = _parallel(workers, runtime)
-    results: Any = None
-    try:
-        jobs = (joblib.delayed(_block_in_worker)(rebuild, token, i, threads, log_file) for i in blocks)
-        with shielded(), deaf_to_interrupts():
-            results = parallel(jobs)
-        for index, computed in results:
-            if computed:
-                done.append(index)
-                bar.finished(blocks[index])
-    except BrokenProcessPool as error:
-        group.clear()
-        raise WorkError(
-            f"{work.label}: a worker process died, out of memory perhaps: use fewer workers or less runtime.memory. "
-            f"Finished blocks are kept; the same command goes on ({error})"
-        ) from error
-    except BaseException:
-        _end_workers(results)
-        group.clear()
-        raise
-    return done
-
-
-def _parallel(workers: int, runtime: RuntimeSettings) -> joblib.Parallel:
-    """Return what has processes compute.
-
-    Raises:
-        RequestError: joblib has no such backend, or it cannot be used here.
-    """
-    own: dict[str, Any] = {}
-    if runtime.backend == "loky":
-        numbers = _numbers() if runtime.device in ("auto", "cuda") else None
-        own = {"initializer": _settle_worker, "initargs": (os.getpid(), numbers)}
-    try:
-        return joblib.Parallel(
-            n_jobs=workers,
-            backend=runtime.backend,
-            return_as="generator_unordered",
-            pre_dispatch="2 * n_jobs",
-            batch_size=1,
-            **own,
-        )
-    except (ValueError, ImportError) as error:
-        raise RequestError(f"runtime.backend = {runtime.backend!r} cannot be used: {error}") from error
-
-
-@functools.cache
-def _numbers() -> Path:
-    """Return a folder in which worker processes number themselves, until this process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="influence_pipeline_workers_")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
-def _end_workers(results: Any) -> None:
-    """Have joblib end its workers; what its threads say of the work that they lose thereby is not for people."""
-    before = threading.excepthook
-    threading.excepthook = lambda args: None
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            if results is not None:
-                results.close()
-    finally:
-        threading.excepthook = before
-
-
-_rebuilt: dict[str, tuple[Work, Group]] = {}
-
-
-def _block_in_worker(
-    rebuild: Rebuild, token: str, index: tuple[int, ...], threads: int, log_file: str | None
-) -> tuple[tuple[int, ...], bool]:
-    """Compute one block in a worker process, which keeps the model and the data for the next."""
-    if token not in _rebuilt:
-        _rebuilt.clear()
-        torch.set_num_threads(threads)
-        _rebuilt[token] = rebuild()
-    work, group = _rebuilt[token]
-    with logging_to(None if log_file is None else Path(log_file)), _named_errors(work.label), work.computing():
-        keep = work.start(work.stage.grid.block(index), group, lambda progress: None)
-        with shielded():
-            return index, keep is not None and keep()
-
-
-def _settle_worker(parent: int, numbers: Path | None) -> None:
-    """Have a new worker process end with its parent, leave nothing behind when it is killed, and use a GPU of its own.
-
-    Args:
-        parent: its process; where it died while this one was starting, somebody else is the parent now.
-        numbers: where workers number themselves; None where the settings say which device they use.
-    """
-    if numbers is not None:
-        _take_gpu(numbers)
-    threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
-    leave_no_lock()
-
-
-def _take_gpu(numbers: Path) -> None:
-    """Have "cuda" mean a GPU that no other worker uses, as long as there is one; then the first."""
-    for number in range(torch.cuda.device_count()):
-        if claims.take(numbers / f"{number}.claim") is not None:
-            torch.cuda.set_device(number)
-            return
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
-@contextmanager
-def _named_errors(label: str) -> Iterator[None]:
-    """Turn what a stage refuses into an error of the request.
-
-    Raises:
-        WorkError: in the place of a MemoryError.
-        RequestError: in the place of a StageError.
-    """
-    try:
-        yield
-    except StageError as error:
-        raise RequestError(f"{label}: {error}") from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise WorkError(f"{label}: out of memory: lower runtime.memory or runtime.workers ({error})") from error
-
-
-def _threads_each(workers: int) -> int:
-    return max(1, (os.cpu_count() or 1) // workers)
-
-
 @contextmanager
 def _threads(workers: int) -> Iterator[None]:
     """Compute in this process with as many threads as each of several workers has, so that results are the same."""
     before = torch.get_num_threads()
     if workers > 1:
-        torch.set_num_threads(_threads_each(workers))
+        torch.set_num_threads(threads_each(workers))
     try:
         yield
     finally:
@@ -396,36 +247,6 @@ class _Bar:
         self._done = self._total - sum(block.rows for block in missing)
         self._bar.n = self._done
         self._bar.refresh()
-
-
-@contextmanager
-def logging_to(path: Path | None) -> Iterator[None]:
-    """Write what both packages log to a file, too.
-
-    Raises:
-        RequestError: the file cannot be written.
-    """
-    if path is None:
-        yield
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"runtime.log_file: {path} cannot be written: {error}") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    loggers = [logging.getLogger("influence_pipeline"), logging.getLogger("stages")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.removeHandler(handler)
-            logger.setLevel(level)
-        handler.close()
 
 
 @contextmanager

@@ -77,6 +77,9 @@ def check_path(value: Any) -> Any:
     return value
 
 
+CLUSTERS = {
+    "dask": 'its scheduler, for example address = "tcp://10.0.0.1:8786"',
+}
 NO_PROCESSES = ("threading", "sequential", "multiprocessing")
 
 
@@ -161,8 +164,10 @@ class RuntimeSettings(_Section):
 
     Attributes:
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", …
-        workers: processes that compute blocks.
-        backend: joblib's name for what starts them: "loky" on this machine, or one that was registered with joblib.
+        workers: processes that compute blocks at once; by default 1 on this machine, and all that a cluster has.
+        backend: what starts them: "loky" on this machine; "dask", a cluster that is there; or one that was registered
+            with joblib.
+        address: of the cluster's scheduler.
         memory: what one process may hold at once for its work, beside model and data set.
         device_batch: samples on the device at once, for gradients and for curvature products.
         device_memory: what these may hold there; by default half of what a GPU has free, a quarter of ``memory`` on
@@ -172,13 +177,32 @@ class RuntimeSettings(_Section):
     """
 
     device: str = "auto"
-    workers: Count = 1
+    workers: Count | None = None
     backend: Annotated[str, AfterValidator(_of_processes)] = "loky"
+    address: str | None = None
     memory: Bytes = 2 * 2**30
     device_batch: Literal["auto"] | Count = "auto"
     device_memory: Literal["auto"] | Bytes = "auto"
     progress: bool = True
     log_file: AnyPath | None = None
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether blocks are computed by workers that somebody else started."""
+        return self.backend in CLUSTERS
+
+    @property
+    def processes(self) -> int:
+        """How many processes compute blocks on this machine."""
+        return 1 if self.on_cluster else self.workers or 1
+
+    @model_validator(mode="after")
+    def _addressed(self) -> RuntimeSettings:
+        if self.on_cluster and not self.address:
+            raise ValueError(f"backend = {self.backend!r} needs the address of {CLUSTERS[self.backend]}")
+        if self.address and not self.on_cluster:
+            raise ValueError(f"address is of a cluster, and backend = {self.backend!r} is none: use 'dask'")
+        return self
 
 
 class TestSelection(_Section):

@@ -93,13 +93,21 @@ class Work:
             self.stage.prepare()
             self._ready = True
 
-    def start(self, block: Block, group: Group, report: Callable[[Progress], None]) -> Callable[[], bool] | None:
+    def start(
+        self, block: Block, group: Group, report: Callable[[Progress], None], claim: Claim | None = None
+    ) -> Callable[[], bool] | None:
         """Compute one block; return what then keeps it, to be called in any thread.
 
         That returns whether it was kept. None where another process has the block, or is at work on it.
+
+        Args:
+            block: which.
+            group: where it is kept.
+            report: hears how far it is.
+            claim: of the block, where it is this process's already.
         """
         with ExitStack() as stack:
-            claim = self._claimed(block, group, stack)
+            claim = self._claimed(block, group, stack, claim)
             if claim is None:
                 return None
             parts = [(self, group, block, claim), *self._alongside(block, stack)]
@@ -128,9 +136,9 @@ class Work:
                 if claim is not None:
                     yield work, group, other, claim
 
-    def _claimed(self, block: Block, group: Group, stack: ExitStack) -> Claim | None:
+    def _claimed(self, block: Block, group: Group, stack: ExitStack, claim: Claim | None = None) -> Claim | None:
         """Claim a block that is missing, until the stack is left; None where it is not, or another process has it."""
-        if (claim := group.claim(block)) is None:
+        if (claim := claim or group.claim(block)) is None:
             return None
         with ExitStack() as own:
             own.enter_context(claim)

@@ -15,8 +15,9 @@ PACKAGES = ("influence_pipeline", "stages")
 HOMES = {
     "zarr": "influence_pipeline/cache/",
     "numcodecs": "influence_pipeline/cache/",
-    "joblib": "influence_pipeline/runner.py",
-    "loky": "influence_pipeline/runner.py",
+    "joblib": "influence_pipeline/engines/local.py",
+    "loky": "influence_pipeline/engines/local.py",
+    "distributed": "influence_pipeline/engines/on_dask.py",
     "tqdm": "influence_pipeline/runner.py",
 }
 
@@ -64,7 +65,7 @@ def test_each_library_of_the_machine_has_one_home(package: str, library: str) ->
     assert offences(package, library, HOMES[library]) == []
 
 
-@pytest.mark.parametrize("library", ["zarr", "joblib", "tqdm"])
+@pytest.mark.parametrize("library", ["zarr", "joblib", "distributed", "tqdm"])
 def test_the_homes_are_where_these_are_used(library: str) -> None:
     assert offences("influence_pipeline", library) != []
 

@@ -62,14 +62,18 @@ class Claim:
             self.release()
 
 
-def take(path: Path) -> Claim | None:
+def take(path: Path, token: str | None = None) -> Claim | None:
     """Claim what a file stands for; None where another living process has it.
+
+    Args:
+        path: the file.
+        token: tells this claim from others; by default nobody else knows it.
 
     Raises:
         OSError: the folder cannot be written.
     """
     for _ in range(3):
-        claim = _make(path)
+        claim = _make(path, token or uuid.uuid4().hex)
         if claim is not None:
             return claim
         if not _bury_if_dead(path):
@@ -106,13 +110,13 @@ def exclusively(path: Path) -> Iterator[Claim]:
 # ---- making, reading, burying ------------------------------------------------------------------------------------
 
 
-def _make(path: Path) -> Claim | None:
+def _make(path: Path, token: str) -> Claim | None:
     """Make the file, whole and only where there is none.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    claim = Claim(path, uuid.uuid4().hex)
+    claim = Claim(path, token)
     content = {"token": claim.token, "machine": _machine(), "process": os.getpid(), "started": _started(os.getpid())}
     aside = path.with_name(f"{path.stem}.{claim.token}.partial")
     try:

@@ -294,16 +294,24 @@ class Group:
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
-    def claim(self, block: Block) -> Claim | None:
+    def claim(self, block: Block, token: str | None = None) -> Claim | None:
         """Claim a block; None where another process is at work on it.
+
+        Args:
+            block: which.
+            token: tells this claim from others; by default nobody else knows it.
 
         Raises:
             WorkError: the disk refused, or the group is gone.
         """
         try:
-            return claims.take(self._claim_path(block))
+            return claims.take(self._claim_path(block), token)
         except OSError as error:
             raise self.refused(f"block {block.index}", error) from error
+
+    def claim_named(self, block: Block, token: str) -> Claim:
+        """Return a claim that another process may take."""
+        return Claim(self._claim_path(block), token)
 
     def claimed(self, block: Block) -> str | None:
         """Say who is at work on a block, None where nobody is."""

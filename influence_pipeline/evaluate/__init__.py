@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from influence_pipeline import engines
 from influence_pipeline.errors import RequestError
 from influence_pipeline.evaluate.left_out import NOTHING, LeftOut, RandomSamples, RandomSubsets, listed
 from influence_pipeline.evaluate.metrics import (
@@ -305,7 +306,7 @@ def _tell(truth: Truth, wanted: Sequence[LeftOut], seeds: int, told: Callable[[s
     places = truth.missing(wanted, seeds)
     if not places:
         return
-    workers = truth.works.settings.runtime.workers
+    workers = engines.count(truth.works.settings.runtime)
     left, seconds = truth.seconds(places, workers)
     if left:
         told(

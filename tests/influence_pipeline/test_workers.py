@@ -11,7 +11,7 @@ import torch
 from joblib._parallel_backends import LokyBackend
 
 import influence_pipeline as ip
-from influence_pipeline import runner
+from influence_pipeline.engines import worker
 from tests import tiny
 
 Make = Callable[..., ip.Pipeline]
@@ -49,5 +49,5 @@ def test_each_worker_has_a_gpu_of_its_own_and_any_further_one_the_first(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for _ in range(3):
-        runner._take_gpu(tmp_path)
+        worker.take_gpu(tmp_path)
     assert chosen == [0, 1]

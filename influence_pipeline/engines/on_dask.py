@@ -1,0 +1,89 @@
+"""Workers of a dask cluster. The only place that imports distributed."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+from influence_pipeline.engines.cluster import ANSWERS, KEPT, Cluster, Lost
+from influence_pipeline.engines.worker import Answer, block_on_cluster
+from influence_pipeline.errors import RequestError, WorkError
+
+
+class Dask(Cluster):
+    """The workers of a dask scheduler; each computes with as many threads as it was given."""
+
+    def __init__(self, address: str) -> None:
+        """Connect to a scheduler.
+
+        Raises:
+            RequestError: distributed is not installed, or no scheduler answers.
+        """
+        super().__init__()
+        try:
+            from distributed import Client
+        except ImportError as error:
+            raise RequestError(
+                f'runtime.backend = "dask" needs distributed ({error}): pip install "influence-pipeline[dask]", here '
+                "and where the workers are"
+            ) from error
+        self.name, self.remedy = f"the dask scheduler at {address}", f"start some with `dask worker {address}`"
+        try:
+            self._client = Client(address, timeout=ANSWERS, set_as_default=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise RequestError(
+                f"runtime.address = {address!r}: no dask scheduler answers there ({error}). Start one with `dask "
+                "scheduler`, which says its address"
+            ) from error
+
+    @property
+    def connected(self) -> bool:
+        """Whether the scheduler can be asked."""
+        return bool(self._client.status == "running")
+
+    def signs(self) -> Mapping[str, tuple[int, object]]:
+        """Return the threads of each worker, and when the scheduler last heard of it.
+
+        Raises:
+            WorkError: the scheduler does not answer.
+        """
+        try:
+            found = self._client.scheduler_info(n_workers=-1)["workers"]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise WorkError(f"{self.name} does not answer any more ({error}). {KEPT}") from error
+        return {address: (of["nthreads"], of["last_seen"]) for address, of in found.items()}
+
+    def submit(self, worker: str, *order: Any) -> Future[Answer]:
+        """Have a worker compute a block."""
+        answer = Future[Answer]()
+        job = self._client.submit(
+            block_on_cluster,
+            *order,
+            key=f"influence-pipeline-{uuid.uuid4().hex}",
+            workers=[worker],
+            allow_other_workers=False,
+            pure=False,
+        )
+
+        def answered(job: Any) -> None:
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(job.result())
+                except Exception as error:  # noqa: BLE001 - it is raised where the answer is asked for
+                    answer.set_exception(_meaning(worker, error))
+
+        job.add_done_callback(answered)
+        answer.add_done_callback(lambda answer: job.cancel() if answer.cancelled() else job.release())
+        return answer
+
+
+def _meaning(worker: str, error: BaseException) -> Exception:
+    from distributed import KilledWorker
+
+    if isinstance(error, (KilledWorker, CancelledError, OSError)):
+        return Lost(str(error))
+    return RequestError(
+        f"{worker} cannot compute blocks ({type(error).__name__}: {error}): it needs the packages that are here"
+    )
