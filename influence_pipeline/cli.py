@@ -14,11 +14,14 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import influence_pipeline as ip
+
+if TYPE_CHECKING:
+    from influence_pipeline.runner import Outcome
 
 app = typer.Typer(
     add_completion=False,
@@ -36,6 +39,10 @@ Keep = Annotated[
 Yes = Annotated[bool, typer.Option("--yes", help="do not ask")]
 TestSet = Annotated[str | None, typer.Option("--tests", help="the test set; default the only one cached")]
 Key = Annotated[str | None, typer.Option(help="which results, where several are cached")]
+Shard = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="compute a fixed share of the blocks, from 0/N to (N-1)/N"),
+]
 New = Annotated[bool, typer.Option("--new", help="start training gradients anew beside others of the same set")]
 
 
@@ -108,6 +115,7 @@ def run(
     accept_data: Annotated[
         bool, typer.Option("--accept-data", help="keep what came of changed samples, if the model sees no change")
     ] = False,
+    shard: Shard = None,
 ) -> None:
     """Do all that is missing: grad_z, then s_test and influence of every test set.
 
@@ -118,7 +126,7 @@ def run(
 
     if refresh and accept_data:
         raise ip.RequestError("--refresh and --accept-data contradict one another")
-    pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature)
+    pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature, shard=shard)
     if refresh or accept_data:
         changed = (pipeline.refresh if refresh else pipeline.accept_data)(*tests or ())
         for name, ids in changed.items():
@@ -147,35 +155,34 @@ def plan(
 
 @app.command("grad-z")
 @_guarded
-def grad_z(settings: SettingsFile, new: New = False) -> None:
+def grad_z(settings: SettingsFile, new: New = False, shard: Shard = None) -> None:
     """Compute the gradient of every training sample."""
-    outcome = ip.Pipeline.from_toml(settings).grad_z(new=new)
-    typer.echo(f"grad_z: {outcome.computed} of {outcome.total} blocks computed in {outcome.seconds:.1f} s")
+    _told("grad_z", ip.Pipeline.from_toml(settings, shard=shard).grad_z(new=new))
 
 
 @app.command()
 @_guarded
-def newton(settings: SettingsFile, keep_curvature: Keep = False) -> None:
+def newton(settings: SettingsFile, keep_curvature: Keep = False, shard: Shard = None) -> None:
     """Correct the gradient of every training sample for what its absence does to H ([influence] correction)."""
-    outcome = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature).newton()
-    typer.echo(f"newton: {outcome.computed} of {outcome.total} blocks computed in {outcome.seconds:.1f} s")
+    _told("newton", ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature, shard=shard).newton())
 
 
 @app.command("s-test")
 @_guarded
-def s_test(settings: SettingsFile, tests: TestNames = None, keep_curvature: Keep = False) -> None:
+def s_test(settings: SettingsFile, tests: TestNames = None, keep_curvature: Keep = False, shard: Shard = None) -> None:
     """Solve (H + λI) x = ∇M for every test sample."""
-    pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature)
+    pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature, shard=shard)
     for name in tests or pipeline.tests:
-        outcome = pipeline.s_test(name)
-        typer.echo(f"s_test {name}: {outcome.computed} of {outcome.total} blocks computed in {outcome.seconds:.1f} s")
+        _told(f"s_test {name}", pipeline.s_test(name))
 
 
 @app.command()
 @_guarded
-def influence(settings: SettingsFile, tests: TestNames = None, keep_curvature: Keep = False) -> None:
+def influence(
+    settings: SettingsFile, tests: TestNames = None, keep_curvature: Keep = False, shard: Shard = None
+) -> None:
     """Stream both, score and rank."""
-    pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature)
+    pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature, shard=shard)
     for name, found in pipeline.influences(*(tests or ())).items():
         _summary(name, found)
 
@@ -186,9 +193,10 @@ def self_influence(
     settings: SettingsFile,
     k: Annotated[int | None, typer.Option("-k", min=1, help="how many ids; default 10")] = None,
     keep_curvature: Keep = False,
+    shard: Shard = None,
 ) -> None:
     """Compute the influence of every training sample on its own loss; print the highest."""
-    found = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature).self_influence()
+    found = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature, shard=shard).self_influence()
     ids, values = found.highest(min(10, len(found.ids)) if k is None else k)
     typer.echo(
         f"highest self-influence of {len(found.ids)} training samples "
@@ -205,6 +213,7 @@ def evaluate(
     settings: SettingsFile,
     tests: TestNames = None,
     out: Annotated[Path | None, typer.Option(help="a file for all figures, as JSON")] = None,
+    shard: Shard = None,
 ) -> None:
     """Train again without some samples, and compare what that changes with the scores; all that is missing is run.
 
@@ -213,7 +222,7 @@ def evaluate(
     """
     from influence_pipeline.export import check_target
 
-    pipeline = ip.Pipeline.from_toml(settings)
+    pipeline = ip.Pipeline.from_toml(settings, shard=shard)
     names = tests or list(pipeline.tests)
     if out is not None and len(names) != 1:
         raise ip.RequestError(f"--out is for one test set: choose by --tests; there are {', '.join(names)}")
@@ -406,6 +415,12 @@ def _cache(path: Path) -> Path:
     if settings.cache is None:
         raise ip.RequestError(f"{path}: cache is missing")
     return settings.cache
+
+
+def _told(stage: str, outcome: Outcome) -> None:
+    """Say what was done of a stage."""
+    line = f"{stage}: {outcome.computed} of {outcome.total} blocks computed in {outcome.seconds:.1f} s"
+    typer.echo(f"{line}; {outcome.left} of other shards are missing" if outcome.left else line)
 
 
 def _summary(name: str, influences: ip.Influences) -> None:

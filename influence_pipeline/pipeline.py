@@ -32,6 +32,7 @@ from influence_pipeline.plan import LARGE_BYTES, Plan, StagePlan, Suggestion, Ti
 from influence_pipeline.runner import Outcome
 from influence_pipeline.self_influences import SelfInfluence
 from influence_pipeline.settings import Settings
+from influence_pipeline.shard import Shard
 from influence_pipeline.work import DIGESTS, Work, pending
 from influence_pipeline.works import Works
 from stages.stage import Array
@@ -56,6 +57,7 @@ class Pipeline:
         settings: Settings | None = None,
         *,
         keep_curvature: bool = False,
+        shard: str | None = None,
     ) -> None:
         """Name the work; nothing is loaded or computed.
 
@@ -65,9 +67,14 @@ class Pipeline:
             settings: the defaults where None.
             keep_curvature: where the training set got longer, keep H and 1/N of what it was, and so all solutions;
                 only the scores of the new samples are computed.
+            shard: compute a fixed share of every stage's blocks, "0/8" for the first of eight; the others are other
+                processes' work. Without it, processes over one cache share the blocks by claiming them. A call waits
+                for what it needs of the other shares; what ends with ``grad_z``, ``newton`` or ``s_test`` leaves the
+                rest to them, and whoever is last merges.
 
         Raises:
-            RequestError: there is no experiment or no cache, or the folder holds something else.
+            RequestError: there is no experiment or no cache, the folder holds something else, or there is no such
+                shard.
         """
         self.settings = settings or Settings()
         folder = cache or self.settings.cache
@@ -82,18 +89,20 @@ class Pipeline:
             )
         self.cache = Cache(folder)
         self._source, self._keep_curvature = experiment, keep_curvature
+        self._shard = None if shard is None else Shard.parse(shard)
         self._token = uuid.uuid4().hex
         self._seconds: dict[str, float] = {}
         self._hinted = False
         self._member_of: tuple[Pipeline, str] | None = None
 
     @classmethod
-    def from_toml(cls, path: Path | str, *, keep_curvature: bool = False) -> Pipeline:
+    def from_toml(cls, path: Path | str, *, keep_curvature: bool = False, shard: str | None = None) -> Pipeline:
         """Make a pipeline of a settings file that names its experiment and its cache.
 
         Args:
             path: the settings file.
             keep_curvature: see :class:`Pipeline`.
+            shard: see :class:`Pipeline`.
 
         Raises:
             RequestError: the file has neither, or something in it is wrong.
@@ -101,7 +110,7 @@ class Pipeline:
         settings = Settings.from_toml(path)
         if settings.experiment is None or settings.cache is None:
             raise RequestError(f"{path}: {'cache' if settings.experiment else 'experiment'} is missing")
-        return cls(settings.experiment, settings.cache, settings, keep_curvature=keep_curvature)
+        return cls(settings.experiment, settings.cache, settings, keep_curvature=keep_curvature, shard=shard)
 
     @functools.cached_property
     def _works(self) -> Works:
@@ -142,17 +151,18 @@ class Pipeline:
                 )
             known[weights] = name
             member = Pipeline(self._source, self.cache.path, self.settings, keep_curvature=self._keep_curvature)
-            member._member_of, member._token = (self, name), self._token
+            member._member_of, member._token, member._shard = (self, name), self._token, self._shard
             found[name] = member
         return found
 
     # ---- the stages ----------------------------------------------------------------------------------------------
 
-    def grad_z(self, *, new: bool = False) -> Outcome:
+    def grad_z(self, *, new: bool = False, wait: bool = False) -> Outcome:
         """Compute the training gradients that are missing.
 
         Args:
             new: start a new set of gradients beside others of the same training set.
+            wait: where this is one of several shards, for the others, too.
 
         Returns:
             What was done.
@@ -165,21 +175,24 @@ class Pipeline:
         if not self.settings.grad_z.store:
             raise RequestError("grad_z.store = false: gradients are computed when influence asks for them")
         if self.members:
-            return _together(self._each(lambda member: member.grad_z(new=new)))
+            return _together(self._each(lambda member: member.grad_z(new=new, wait=wait)))
         place = self._works.grad_z_place()
         self._mend(place, *self._works.curvature_places())
         if not new and not self._exists(place):
             self._refuse_second(place)
-        return self._run(place)
+        return self._run(place, wait=wait)
 
-    def newton(self) -> Outcome:
+    def newton(self, *, wait: bool = False) -> Outcome:
         """Compute the corrected training gradients that are missing, after what the solver prepares.
+
+        Args:
+            wait: where this is one of several shards, for the others, too.
 
         Raises:
             RequestError: the settings ask for no correction, or one sample's outputs × D exceed the memory.
         """
         if self.members:
-            return _together(self._each(Pipeline.newton))
+            return _together(self._each(lambda member: member.newton(wait=wait)))
         place, prepared = self._works.gradients_place(), self._works.curvature_places()
         if place.stage != "newton":
             raise RequestError('no correction is asked for: set [influence] correction = "newton"')
@@ -190,17 +203,21 @@ class Pipeline:
             work.memory()
         for each in prepared:
             self._run(each)
-        return self._run(place)
+        return self._run(place, wait=wait)
 
-    def s_test(self, tests: str) -> Outcome:
+    def s_test(self, tests: str, *, wait: bool = False) -> Outcome:
         """Solve for the test samples that are missing, after what the solver prepares for all test sets.
+
+        Args:
+            tests: the name of the test set.
+            wait: where this is one of several shards, for the others, too.
 
         Raises:
             MissingStage: the solver is made of the gradients, and these are not complete.
             CacheMismatch: the test set has changed.
         """
         if self.members:
-            return _together(self._each(lambda member: member.s_test(tests)))
+            return _together(self._each(lambda member: member.s_test(tests, wait=wait)))
         place, prepared = self._works.s_test_place(tests), self._works.curvature_places()
         self._mend(self._works.grad_z_place(), *prepared, place)
         for read in self._works.read_by_s_test():
@@ -208,7 +225,7 @@ class Pipeline:
             self._works.require(read)
         self._hint_at_others()
         seconds = sum(self._run(each).seconds for each in prepared)
-        outcome = self._run(place)
+        outcome = self._run(place, wait=wait)
         self._seconds[tests] = self._seconds.get(tests, 0.0) + seconds + outcome.seconds
         return outcome
 
@@ -445,11 +462,11 @@ class Pipeline:
         if self.members:
             return self._combined(names, lambda member: member.run(*names, new=new))
         if self.settings.influence.correction:
-            self.newton()
+            self.newton(wait=True)
         elif self.settings.grad_z.store:
-            self.grad_z(new=new)
+            self.grad_z(new=new, wait=True)
         for name in names:
-            self.s_test(name)
+            self.s_test(name, wait=True)
         try:
             return self._influences(names)
         except MissingStage as missing:
@@ -720,13 +737,14 @@ class Pipeline:
             raise RequestError("the experiment has no test set")
         return tests or self.tests
 
-    def _run(self, place: Place, beside: Sequence[Place] = (), *, measure: bool = False) -> Outcome:
+    def _run(self, place: Place, beside: Sequence[Place] = (), *, measure: bool = False, wait: bool = True) -> Outcome:
         """Run a stage; what it finds damaged in the cache is computed anew first.
 
         Args:
             place: of the stage.
             beside: scores to compute with these.
             measure: compute blocks to be timed only.
+            wait: for the blocks of other shards.
 
         Raises:
             CacheDamaged: something is, and no block can be computed anew for it.
@@ -735,7 +753,7 @@ class Pipeline:
             last = ""
             for _ in range(MOST_MENDS):
                 try:
-                    return self._run_once(place, beside, measure=measure)
+                    return self._run_once(place, beside, self._shard, measure=measure, wait=wait)
                 except CacheDamaged as damage:
                     if str(damage) == last:
                         raise
@@ -745,7 +763,7 @@ class Pipeline:
                         self._mend_known()
                     else:
                         self._again(damage.path, place.models)
-            return self._run_once(place, beside, measure=measure)
+            return self._run_once(place, beside, self._shard, measure=measure, wait=wait)
 
     def _refuse_gone(self, place: Place, damage: CacheDamaged) -> None:
         """Refuse to begin again where a stage's arrays, or what it reads, went away under it.
@@ -762,7 +780,15 @@ class Pipeline:
                     "The next run makes it anew"
                 ) from damage
 
-    def _run_once(self, place: Place, beside: Sequence[Place] = (), *, measure: bool = False) -> Outcome:
+    def _run_once(
+        self,
+        place: Place,
+        beside: Sequence[Place] = (),
+        shard: Shard | None = None,
+        *,
+        measure: bool = False,
+        wait: bool = True,
+    ) -> Outcome:
         runtime = self.settings.runtime
         if place.parts:  # reads more than it computes
             runtime = runtime.model_copy(update={"workers": 1, "backend": "loky", "address": None})
@@ -784,7 +810,8 @@ class Pipeline:
                     beside=beside,
                     checkpoint=self._member_of[1] if self._member_of else None,
                 )
-                return runner.run(work, group, runtime, rebuild, f"{self._token} {place.stage} {place.name}", fits)
+                token = f"{self._token} {place.stage} {place.name}"
+                return runner.run(work, group, runtime, rebuild, token, fits, shard, wait=wait)
         except CacheDamaged as damage:
             self._refuse_gone(place, damage)
             raise
@@ -984,7 +1011,7 @@ def _together(outcomes: Mapping[str, Outcome]) -> Outcome:
     """Return what was done of a stage for several checkpoints."""
     found = outcomes.values()
     computed, total = sum(one.computed for one in found), sum(one.total for one in found)
-    return Outcome(computed, total, sum(one.seconds for one in found))
+    return Outcome(computed, total, sum(one.seconds for one in found), sum(one.left for one in found))
 
 
 def _other_name(place: Place) -> str:

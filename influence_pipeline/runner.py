@@ -31,6 +31,7 @@ from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.peak import most_held, peak
 from influence_pipeline.plan import Timing
 from influence_pipeline.settings import RuntimeSettings
+from influence_pipeline.shard import Shard
 from influence_pipeline.signals import interrupted_once
 from influence_pipeline.work import Work, pending
 from stages.stage import Block, Progress
@@ -53,12 +54,14 @@ class Outcome:
         computed: blocks computed now.
         total: blocks in all.
         seconds: spent.
+        left: blocks of other shards that are still missing.
         timing: of blocks, where they were to be measured, and some were missing.
     """
 
     computed: int
     total: int
     seconds: float
+    left: int = 0
     timing: Timing | None = None
 
 
@@ -66,7 +69,17 @@ Room = Callable[[list[Block]], list[Block]]
 """Refuses blocks that do not fit the disk; returns those that may be computed before it is asked again."""
 
 
-def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, token: str, room: Room) -> Outcome:
+def run(
+    work: Work,
+    group: Group,
+    runtime: RuntimeSettings,
+    rebuild: Rebuild,
+    token: str,
+    room: Room,
+    shard: Shard | None = None,
+    *,
+    wait: bool = True,
+) -> Outcome:
     """Compute every missing block of a stage, beside whatever other processes do so, and merge them.
 
     Args:
@@ -76,6 +89,8 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
         rebuild: makes work and group in worker processes.
         token: tells one run's work from another's in workers that are used again.
         room: asked before blocks are computed.
+        shard: which share of the blocks to compute; None for whatever no other process has claimed.
+        wait: for the shares of other processes, too; otherwise whoever is last merges.
 
     Returns:
         What was done.
@@ -92,8 +107,11 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
     tries: Counter[tuple[int, ...]] = Counter()
     with _computing(work, missing, runtime) as bar:
         while missing:
-            now = room(missing)
-            if not runtime.on_cluster and (runtime.processes == 1 or len(now) < 2):
+            own = missing if shard is None else shard.of(missing, work.stage.grid)
+            if not own and not wait:
+                break
+            now = room(own) if own else []
+            if not now or (not runtime.on_cluster and (runtime.processes == 1 or len(now) < 2)):
                 done = _here(work, group, now, bar)
             else:
                 done = in_workers(work.label, group, now, runtime, rebuild, token, bar.finished)
@@ -101,15 +119,19 @@ def run(work: Work, group: Group, runtime: RuntimeSettings, rebuild: Rebuild, to
             computed += len(done)
             if tries and max(tries.values()) > MOST_TRIES:
                 raise WorkError(f"{group.path}: block {max(tries)} was written {MOST_TRIES} times and is not valid")
+            looked = time.monotonic()
             missing = pending(work, group)
             if missing and not done:
-                bar.note(Progress(note=f"waiting for {group.claimed(missing[0]) or 'another process'}"))
-                time.sleep(PAUSE)
+                other = group.claimed(missing[0]) or (f"other shards than {shard}" if shard else "another process")
+                bar.note(Progress(note=f"waiting for {other}"))
+                time.sleep(max(PAUSE, time.monotonic() - looked))
             bar.at(missing)
-        work.finish(group, bar.note)
+        if not missing:
+            _give_back()  # what the last blocks freed
+            work.finish(group, bar.note)
     seconds = time.monotonic() - began
     log.info("%s: %d blocks computed in %.1f s", work.label, computed, seconds)
-    return Outcome(computed, len(work.stage.grid), seconds)
+    return Outcome(computed, len(work.stage.grid), seconds, len(missing))
 
 
 def measure(work: Work, group: Group, runtime: RuntimeSettings, room: Room) -> Outcome:
@@ -141,7 +163,7 @@ def measure(work: Work, group: Group, runtime: RuntimeSettings, room: Room) -> O
         timing = Timing(ready, tuple(blocks), time.monotonic() - kept, most_held())
     seconds = time.monotonic() - began
     # Where other processes are at work on all that is missing, nothing was measured.
-    return Outcome(len(blocks), len(work.stage.grid), seconds, timing if blocks or complete else None)
+    return Outcome(len(blocks), len(work.stage.grid), seconds, timing=timing if blocks or complete else None)
 
 
 @contextmanager

@@ -39,8 +39,8 @@ WORSE = 2
 """Steps down in which F must have risen before no smaller λ is tried."""
 TOLERANCE, MOST_ITERATIONS = 0.03, 100
 """Of the solutions by conjugate gradients."""
-VECTORS = 10
-"""Vectors of D that are held at once for each half."""
+VECTORS = 13
+"""Vectors of D that are held at once for each half, and what the allocator keeps of those before, as measured."""
 
 
 class AutoDamping(Solver):
@@ -106,8 +106,9 @@ class AutoDamping(Solver):
         import torch
 
         mean, product = self.of.mean_eigenvalue(prepared), self.of.over(curvature, prepared)
-        sums_RD = torch.from_numpy(np.asarray(prepared["half_sum"][:])).to(curvature.function.device)
-        found = tried(curvature, product, mean, sums_RD, self.seed, self.together(curvature), report)
+        sums_RD = torch.from_numpy(np.asarray(prepared["half_sum"][:]))
+        rhs_RD = sums_RD.to(curvature.function.device, curvature.function.dtype, copy=True).div_(len(curvature.samples))
+        found = tried(curvature, product, mean, rhs_RD, self.seed, self.together(curvature), report)
         named = {"auto_damping": found.best, "tried_damping": found.dampings, "objective_change": found.changes}
         return {name: np.asarray(value) for name, value in named.items()}
 
@@ -159,7 +160,7 @@ class Tried:
 
 
 def tried(
-    curvature: Curvature, product: Product, mean: float, sums_RD: Tensor, seed: int, together: int, report: Report
+    curvature: Curvature, product: Product, mean: float, rhs_RD: Tensor, seed: int, together: int, report: Report
 ) -> Tried:
     """Try one λ after the other.
 
@@ -167,7 +168,7 @@ def tried(
         curvature: over the training set.
         product: H x for each row.
         mean: eigenvalue of H, positive.
-        sums_RD: Σ ∇L over each half, (R, D).
+        rhs_RD: Σ ∇L / N over each half, (R, D).
         seed: of the halves.
         together: halves for which is solved at once.
         report: of progress.
@@ -176,7 +177,6 @@ def tried(
 
     count = len(curvature.samples)
     halves = halves_of(count, seed)
-    rhs_RD = (sums_RD / count).to(curvature.function.dtype)
     looked_at = [_kept(curvature, half, seed) for half in halves]
     before = [_mean_loss(curvature, ids, curvature.function.params) for ids in looked_at]
     dampings, changes = [factor * mean for factor in GRID], [math.nan] * len(GRID)

@@ -7,6 +7,7 @@ that runs stages keeps, resumes, distributes and times blocks without knowing wh
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -145,6 +146,10 @@ class Grid:
     def block(self, index: tuple[int, ...]) -> Block:
         """Return the block at this position."""
         return Block(index, {axis.name: axis.bounds(i) for axis, i in zip(self.axes, index, strict=True)})
+
+    def number(self, block: Block) -> int:
+        """Return how many blocks come before this one in row-major order."""
+        return functools.reduce(lambda before, at: before * at[0] + at[1], zip(self.shape, block.index, strict=True), 0)
 
     def axis(self, name: str) -> Axis | None:
         """Return the axis of this name, if the grid has one."""

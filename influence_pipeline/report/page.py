@@ -209,11 +209,8 @@ def _facts(influences: Influences, context: Context) -> list[tuple[str, str]]:
     if influences.combination:
         facts.append((f"{influences.combination} of the scores of", f"{len(influences.weights)} checkpoints"))
         facts.append(("predictions and training losses", "of the first of them"))
-    if influences.damping is not None and influences.residual is not None:
-        facts.append(("damping λ", f"{influences.damping:.4g}"))
-        facts.append(("largest residual of the solver", f"{influences.residual.max():.2g}"))
-    if influences.gradient_norm is not None:
-        facts.append(("distance from an optimum, |ḡ + l2·θ|", f"{influences.gradient_norm:.2g}"))
+    if influences.evidence:
+        facts.append(("evidence", ", ".join(influences.evidence)))
     over = influences.curvature_samples
     if over != len(influences.train_ids):
         facts.append(("H and 1/N are of the first", f"{over:,} training samples"))

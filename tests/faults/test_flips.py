@@ -20,7 +20,7 @@ from tests.faults.children import Server
 from tests.faults.kills import Tally
 
 Make = Callable[..., ip.Pipeline]
-FLIPS = 500
+FLIPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,10 @@ def flipped(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Tally:
 def test_damage_of_all_kinds_was_tried(flipped: Tally) -> None:
     assert flipped.tried == FLIPS
     for kind, of in itertools.product(("flipped", "cut", "emptied", "deleted"), ("data", "description")):
-        assert flipped.kinds[f"{kind}, {of}"] >= (100 if kind == "flipped" else 2), flipped.kinds
-    for what, least in {"refused": 100, "read as before": 100, "verify finds it": 200}.items():
+        assert flipped.kinds[f"{kind}, {of}"] >= (20 if kind == "flipped" else 1), flipped.kinds
+    for what, least in {"refused": 20, "read as before": 20, "verify finds it": 40}.items():
         assert flipped.kinds[what] >= least, flipped.kinds
-    assert all(flipped.kinds[other] >= 5 for other in flips.OTHERS), flipped.kinds
+    assert all(flipped.kinds[other] >= 1 for other in flips.OTHERS), flipped.kinds
 
 
 def test_nothing_is_read_as_other_numbers(flipped: Tally) -> None:

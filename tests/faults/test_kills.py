@@ -13,7 +13,7 @@ from tests.faults import kills
 from tests.faults.children import Server
 from tests.faults.kills import END, Reference, Tally, left_over
 
-FORKED, NEW, IN_EACH_STAGE = 190, 10, 10
+FORKED, NEW, IN_EACH_STAGE = 57, 3, 4
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.faults import together
 from tests.faults.children import Child, Server
 from tests.faults.kills import RUN, Reference, Tally, left_over, read_events
 
-ROUNDS = 50
+ROUNDS = 16
 
 
 @pytest.fixture(scope="module")

@@ -110,9 +110,9 @@ def choosing(folder: Path, rows: int) -> tuple[int, int]:
 
 
 def fisher(folder: Path, samples: int, **settings: object) -> ip.Pipeline:
-    """Make a pipeline of a perceptron of 20,810 parameters, of many samples, solved by the gradients."""
+    """Make a pipeline of a perceptron of 6,010 parameters, of many samples, solved by the gradients."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 277), nn.ReLU(), nn.Linear(277, 10)).eval()
+    model = nn.Sequential(nn.Linear(64, 80), nn.ReLU(), nn.Linear(80, 10)).eval()
     data = TensorDataset(torch.randn(samples, 64), torch.arange(samples) % 10)
     experiment = ip.Experiment(model, ip.Classification(), data, {"few": TensorDataset(*data[: min(samples, 64)])})
     runtime = {"device": "cpu", "progress": False}

@@ -29,7 +29,8 @@ def found(case: Case, kind: str = "ggn", seed: int = 0, together: int = 3) -> Tr
     curvature = case.curvature(kind)
     matrix = dense(case, kind)
     sums_RD = torch.stack([oracles.gradients(case)[half].sum(0) for half in damping.halves_of(len(case.data), seed)])
-    return tried(curvature, lambda x: x @ matrix, float(matrix.diagonal().mean()), sums_RD, seed, together, silent)
+    rhs_RD = sums_RD / len(case.data)
+    return tried(curvature, lambda x: x @ matrix, float(matrix.diagonal().mean()), rhs_RD, seed, together, silent)
 
 
 def objective(case: Case, kept: list[int], step_D: Tensor) -> float:
@@ -111,8 +112,8 @@ def test_only_some_samples_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_an_indefinite_matrix_is_refused() -> None:
     case = make(mlp)
-    curvature, sums_RD = case.curvature("ggn"), torch.ones(damping.HALVES, len(case.theta), dtype=torch.float64)
-    result = tried(curvature, lambda x: -1e6 * x, 1.0, sums_RD, 0, 4, silent)
+    curvature, rhs_RD = case.curvature("ggn"), torch.ones(damping.HALVES, len(case.theta), dtype=torch.float64)
+    result = tried(curvature, lambda x: -1e6 * x, 1.0, rhs_RD, 0, 4, silent)
     assert all(map(math.isnan, result.changes))
     with pytest.raises(StageError, match=r"not positive definite even for λ = 100.*curvature = \"ggn\""):
         _ = result.best
