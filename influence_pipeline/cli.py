@@ -354,11 +354,12 @@ def _remove(cache: Any, paths: Sequence[Path], yes: bool) -> None:
         RequestError: there is nobody to ask, or a folder is none of ours.
     """
     from influence_pipeline import inventory
+    from influence_pipeline.cache.store import files_at
     from influence_pipeline.plan import show_bytes
 
     for path in paths:
         inventory.refuse_foreign(path)
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        size = sum(file.length for file in files_at(path).walk())
         typer.echo(f"{path.parent.name}/{path.name}  {show_bytes(size)}")
     if paths and not yes:
         if not sys.stdin.isatty():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from influence_pipeline.cache import FOLDERS, GROUND_TRUTH, Cache, Group
+from influence_pipeline.cache.store import files_at
 from influence_pipeline.errors import CacheDamaged, RequestError
 from influence_pipeline.influences import described
 from influence_pipeline.place import read_paths
@@ -107,7 +108,7 @@ def refuse_foreign(path: Path) -> None:
     try:
         worker = Group(path).at_work()
     except CacheDamaged as error:
-        if not (path / "blocks").is_dir():
+        if not files_at(path / "blocks").there:
             raise RequestError(f"{path} does not look like arrays of a cache, and is left alone") from error
         worker = None
     if worker:

@@ -17,6 +17,7 @@ import numpy as np
 
 from influence_pipeline import checks, engines, inventory, report, room, runner
 from influence_pipeline.cache import Cache, Group, key_of, nearest
+from influence_pipeline.cache.store import files_at
 from influence_pipeline.checks import Verification
 from influence_pipeline.combined import Part, combined_place, named, part
 from influence_pipeline.context import Context
@@ -774,7 +775,7 @@ class Pipeline:
         read = read_paths(self.cache.path, place.reads)
         needed = [path for path in read if path.parent.name != "grad_z" or self.settings.grad_z.store]
         for folder in (self.cache.path / place.stage / place.name, *needed):
-            if not folder.is_dir():
+            if not files_at(folder).there:
                 raise WorkError(
                     f"{folder} is gone: it was removed, or its disk taken away, while {place.stage} was computed. "
                     "The next run makes it anew"
@@ -842,7 +843,7 @@ class Pipeline:
                 yield path
 
     def _exists(self, place: Place) -> bool:
-        return (self.cache.path / place.stage / place.name).is_dir()
+        return files_at(self.cache.path / place.stage / place.name).there
 
     def _mend(self, *places: Place | None, said: int = logging.WARNING) -> None:
         """Mend damaged descriptions, which follow from the identity and from sizes; ``said`` is at which level."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -59,13 +60,14 @@ def shares(group: Group) -> dict[str, float]:
     """
     layout, whole = group.layout, sum(block.rows for block in group.layout.grid)
     done = sum(block.rows for block in layout.grid if group.record(block) is not None) / whole
-    descriptions = (path.stat().st_size for path in group.path.rglob(DESCRIPTION))
-    found = {DESCRIPTION: sum(descriptions) / layout.described_bytes}
+    taken: Counter[str] = Counter()
+    for file in group.files():
+        taken[DESCRIPTION if file.name.endswith(DESCRIPTION) else file.name.partition("/")[0]] += file.length
+    found = {DESCRIPTION: taken[DESCRIPTION] / layout.described_bytes}
     for spec in layout.all:
-        files = [path for path in (group.path / spec.name).rglob("*") if path.is_file() and path.name != DESCRIPTION]
         there = array_bytes(spec) * (float(group.finished) if spec in layout.merged else done)
-        if there and files:
-            found[spec.name] = sum(path.stat().st_size for path in files) / there
+        if there and taken[spec.name]:
+            found[spec.name] = taken[spec.name] / there
     return found
 
 

@@ -20,8 +20,6 @@ import logging
 import multiprocessing
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +31,7 @@ from influence_pipeline.cache import claims
 from influence_pipeline.cache.group import Group
 from influence_pipeline.cache.identity import Identity, differences, key_of, nearest, told_apart
 from influence_pipeline.cache.layout import DESCRIPTION, GROUP, Layout, array_bytes, sealed, write_description
+from influence_pipeline.cache.store import Location, files_at
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError, WorkError
 
 FORMAT = 4
@@ -78,6 +77,7 @@ class Cache:
         if not isinstance(path, (str, Path)) or "\0" in str(path):
             raise RequestError(f"cache {path!r} is no path: name a folder")
         self.path = Path(path)
+        self._files = files_at(self.path)
         try:
             self.path.exists()
         except OSError as error:
@@ -102,7 +102,7 @@ class Cache:
     @property
     def exists(self) -> bool:
         """Whether anything was ever cached here."""
-        return (self.path / DESCRIPTION).exists()
+        return self._files.exists(DESCRIPTION)
 
     def mend(self) -> list[str]:
         """Write damaged descriptions of stages' folders anew; return what was wrong with them.
@@ -118,13 +118,12 @@ class Cache:
         return [f"{self.path / stage / DESCRIPTION} was damaged" for stage in damaged]
 
     def _damaged_stages(self) -> list[str]:
-        return [stage for stage in FOLDERS if (self.path / stage).is_dir() and not self._is_described(stage)]
+        return [stage for stage in FOLDERS if files_at(self.path / stage).there and not self._is_described(stage)]
 
     def _mend_stages(self, stages: set[str]) -> None:
         for stage in stages:
             if not self._is_described(stage):
-                (self.path / stage).mkdir(exist_ok=True)
-                write_description(self.path / stage / DESCRIPTION, GROUP)
+                write_description(self._files, f"{stage}/{DESCRIPTION}", GROUP)
 
     def _is_described(self, stage: str) -> bool:
         try:
@@ -137,15 +136,14 @@ class Cache:
         """Remove what a killed process left half laid out, where that can be done."""
         with contextlib.suppress(OSError):
             self.mend()
-            if self._leftovers() or (self.path / ALONE).exists():
+            if self._leftovers() or self._files.exists(ALONE):
                 claim = claims.take(self.path / ALONE)
                 if claim is not None:
                     with claim:
                         self._clear()
 
-    def _leftovers(self) -> list[Path]:
-        folders = (self.path, *(self.path / stage for stage in FOLDERS))
-        return [path for folder in folders for depth in LEFTOVERS for path in folder.glob(depth)]
+    def _leftovers(self) -> list[str]:
+        return self._files.leftovers(*LEFTOVERS, *(f"{stage}/{depth}" for stage in FOLDERS for depth in LEFTOVERS))
 
     def groups(self, stage: str) -> Iterator[Group]:
         """Yield all groups of a stage whose descriptions can be read."""
@@ -155,11 +153,9 @@ class Cache:
             except CacheDamaged as error:
                 log.warning("%s", error)
 
-    def paths(self, stage: str) -> list[Path]:
+    def paths(self, stage: str) -> list[Location]:
         """Return the folders of all groups of a stage."""
-        folder = self.path / stage
-        found = sorted(folder.iterdir()) if folder.is_dir() else []
-        return [path for path in found if path.is_dir() and not path.is_symlink()]
+        return files_at(self.path / stage).folders()
 
     def find(self, stage: str, name: str) -> Group | None:
         """Return a group by its name, None where there is none.
@@ -171,7 +167,7 @@ class Cache:
         if stage not in FOLDERS or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise RequestError(f"{stage}/{name} is no name of arrays in a cache")
         path = self.path / stage / name
-        return Group(path) if path.is_dir() else None
+        return Group(path) if files_at(path).there else None
 
     def create(self, stage: str, name: str, layout: Layout, attributes: Mapping[str, Any]) -> Group:
         """Return a group by its name: laid out anew where there is none, mended where its descriptions are damaged.
@@ -193,7 +189,7 @@ class Cache:
         self._found()
         with self.alone():
             self._mend_stages({stage})
-            if path.is_dir():
+            if files_at(path).there:
                 Group.mend(path, layout, attributes)
             return Group.create(path, layout, attributes)
 
@@ -209,7 +205,7 @@ class Cache:
         except OSError as error:
             raise WorkError(f"cache {self.path} cannot be written: {error}") from error
 
-    def remove(self, path: Path, unless: Callable[[Group], bool] = lambda group: False) -> None:
+    def remove(self, path: Location, unless: Callable[[Group], bool] = lambda group: False) -> None:
         """Remove the group in this folder, in one step for whoever looks.
 
         Args:
@@ -221,11 +217,8 @@ class Cache:
         """
         try:
             with self.alone():
-                if not path.is_dir() or unless(Group(path)):
-                    return
-                aside = self.path / f"{path.name}.{uuid.uuid4().hex}.partial"
-                path.rename(aside)
-                shutil.rmtree(aside)
+                if files_at(path).there and not unless(Group(path)):
+                    self._files.remove_folder(f"{path.parent.name}/{path.name}", DESCRIPTION)
         except OSError as error:
             raise WorkError(f"{path} cannot be removed: {error}") from error
 
@@ -235,10 +228,9 @@ class Cache:
         Raises:
             OSError: the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self.exists:
-            return
-        write_description(self.path / DESCRIPTION, {**GROUP, "attributes": {"influence_pipeline": FORMAT}})
+        self._files.found()
+        if not self.exists:
+            write_description(self._files, DESCRIPTION, {**GROUP, "attributes": {"influence_pipeline": FORMAT}})
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -252,8 +244,8 @@ class Cache:
             yield
 
     def _clear(self) -> None:
-        for path in self._leftovers():
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in self._leftovers():
+            self._files.clear(name)
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -6,29 +6,37 @@ loop and several of its threads, which takes longer than all that is done with t
 
 from __future__ import annotations
 
-import contextlib
 import math
-import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from influence_pipeline.cache.layout import Kept
-from influence_pipeline.cache.tiles import CHECKSUM_BYTES, Region, cells, checksum, pack, unpack, within
+from influence_pipeline.cache.store import Location, files_at
+from influence_pipeline.cache.tiles import (
+    CHECKSUM_BYTES,
+    Region,
+    cells,
+    checksum,
+    file_name,
+    intact,
+    pack,
+    unpack,
+    within,
+)
 from stages.stage import Array
 
 
 class Chunks:
     """The files of one array that has a file for each of its tiles."""
 
-    def __init__(self, folder: Path, kept: Kept) -> None:
+    def __init__(self, folder: Location, kept: Kept) -> None:
         """Read and write the files of an array at a folder, which is kept like that."""
-        self._folder, self._kept = folder, kept
+        self._folder, self._kept, self._files = folder, kept, files_at(folder)
 
-    def path(self, number: Sequence[int]) -> Path:
+    def path(self, number: Sequence[int]) -> Location:
         """Return the path of a file by its position in the grid of files."""
-        return self._folder.joinpath("c", *map(str, number))
+        return self._folder / file_name(number)
 
     def read(self, region: Region) -> Array:
         """Return a region; what has no file is fill values.
@@ -39,13 +47,13 @@ class Chunks:
         """
         out = np.empty([part.stop - part.start for part in region], self._kept.dtype)
         for number, part in cells(region, self._kept.chunks):
-            path = self.path(number)
             try:
-                raw = path.read_bytes()
+                raw = self._files.read(file_name(number))
             except FileNotFoundError:
                 out[within(part, region)] = self._kept.fill_value
             else:
-                out[within(part, region)] = self._decoded(raw, path)[within(part, self._whole(number))]
+                tile = self._decoded(raw, self.path(number))
+                out[within(part, region)] = tile[within(part, self._whole(number))]
         return out
 
     def write(self, region: Region, values: Array) -> None:
@@ -57,17 +65,7 @@ class Chunks:
         for number, part in cells(region, self._kept.chunks):
             tile = np.full(self._kept.chunks, self._kept.fill_value, self._kept.dtype)
             tile[within(part, self._whole(number))] = values[within(part, region)]
-            path = self.path(number)
-            for folder in reversed(path.parents[: len(number)]):  # not what they are in: that may have been removed
-                folder.mkdir(exist_ok=True)
-            aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-            try:
-                aside.write_bytes(self._encoded(tile))
-                aside.replace(path)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    aside.unlink(missing_ok=True)
-                raise
+            self._files.put(file_name(number), self._encoded(tile))
 
     def _whole(self, number: Sequence[int]) -> Region:
         return tuple(slice(i * n, (i + 1) * n) for i, n in zip(number, self._kept.chunks, strict=True))
@@ -76,14 +74,14 @@ class Chunks:
         packed = pack(tile) if self._kept.compressed else tile.tobytes()
         return packed + checksum(packed)
 
-    def _decoded(self, raw: bytes, path: Path) -> Array:
+    def _decoded(self, raw: bytes, path: Location) -> Array:
         """Return a tile.
 
         Raises:
             ValueError: it is damaged.
         """
         packed = raw[:-CHECKSUM_BYTES]
-        if raw[-CHECKSUM_BYTES:] != checksum(packed):
+        if len(raw) < CHECKSUM_BYTES or not intact(raw):
             raise ValueError(f"{path}: a tile is damaged")
         if self._kept.compressed:
             tile = np.empty(self._kept.chunks, self._kept.dtype)

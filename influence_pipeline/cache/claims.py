@@ -9,7 +9,6 @@ clock, so that clocks need not agree. A dead claim may be taken over. An owner t
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import logging
@@ -24,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from influence_pipeline.cache.store import Location, files_at
+
 log = logging.getLogger(__name__)
 
 EXPIRY = 60.0
 """Seconds without a sign of life after which a claim is dead."""
-NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
-"""What a file system without hard links answers."""
 PAUSE = 0.1
 """Seconds between looks at what another process has."""
 
@@ -38,19 +37,29 @@ PAUSE = 0.1
 class Claim:
     """Something that is this process's, until released."""
 
-    path: Path
+    path: Location
     token: str
 
     def held(self) -> bool:
         """Say whether it still is; nobody else took it for dead."""
         found = _read(self.path)
-        return found is not None and found[0].get("token") == self.token
+        return found is not None and found.says.get("token") == self.token
+
+    def touch(self) -> None:
+        """Show that its process is alive.
+
+        Raises:
+            OSError: that cannot be written.
+        """
+        found = _read(self.path)
+        if found is not None and found.says.get("token") == self.token:
+            files_at(self.path.parent).touch(self.path.name, _content(self.token), found.mark)
 
     def release(self) -> None:
         """Give it up."""
         _heart.forget(self)
         if self.held():
-            self.path.unlink(missing_ok=True)
+            files_at(self.path.parent).remove(self.path.name)
 
     def __enter__(self) -> Claim:
         """Have it for a while."""
@@ -62,7 +71,7 @@ class Claim:
             self.release()
 
 
-def take(path: Path, token: str | None = None) -> Claim | None:
+def take(path: Location, token: str | None = None) -> Claim | None:
     """Claim what a file stands for; None where another living process has it.
 
     Args:
@@ -81,16 +90,16 @@ def take(path: Path, token: str | None = None) -> Claim | None:
     return None
 
 
-def taken(path: Path) -> str | None:
+def taken(path: Location) -> str | None:
     """Say who has claimed what a file stands for, None where nobody has or a process of this machine died."""
     found = _read(path)
-    if found is None or _known_dead(found[0]):
+    if found is None or _known_dead(found.says):
         return None
-    return f"process {found[0].get('process')} on {str(found[0].get('machine')).split('/')[0]}"
+    return f"process {found.says.get('process')} on {str(found.says.get('machine')).split('/')[0]}"
 
 
 @contextmanager
-def exclusively(path: Path) -> Iterator[Claim]:
+def exclusively(path: Location) -> Iterator[Claim]:
     """Have what a file stands for, after waiting for whoever else has it.
 
     Raises:
@@ -110,94 +119,65 @@ def exclusively(path: Path) -> Iterator[Claim]:
 # ---- making, reading, burying ------------------------------------------------------------------------------------
 
 
-def _make(path: Path, token: str) -> Claim | None:
+@dataclass(frozen=True)
+class _Seen:
+    """A claim as it was found: its bytes, what it says, and its mark."""
+
+    content: bytes
+    says: dict[str, Any]
+    mark: Any
+
+
+def _make(path: Location, token: str) -> Claim | None:
     """Make the file, whole and only where there is none.
 
     Raises:
         OSError: the folder cannot be written.
     """
     claim = Claim(path, token)
-    content = {"token": claim.token, "machine": _machine(), "process": os.getpid(), "started": _started(os.getpid())}
-    aside = path.with_name(f"{path.stem}.{claim.token}.partial")
-    try:
-        aside.write_text(json.dumps(content))
-        try:
-            os.link(aside, path)
-        except FileExistsError:
-            return None
-        except OSError as error:
-            if error.errno == errno.ENOENT and path.parent.is_dir():
-                return None  # whoever has the claim tidied up what seemed to be left over
-            if error.errno not in NO_LINKS:
-                raise
-            if not _make_without_links(path, json.dumps(content)):
-                return None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+    if not files_at(path.parent).create(path.name, _content(claim.token)):
+        return None
     _heart.keep(claim)
     return claim
 
 
-def _make_without_links(path: Path, content: str) -> bool:
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            try:
-                file.write(content)
-                file.flush()
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
-    except FileExistsError:
-        return False
-    return True
+def _content(token: str) -> bytes:
+    """Return what a claim of this process says, other bytes each time."""
+    content = {"token": token, "machine": _machine(), "process": os.getpid(), "started": _started(os.getpid())}
+    return json.dumps({**content, "touched": uuid.uuid4().hex}).encode()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], int] | None:
-    """Return what a claim says and when it was last touched; None where there is none."""
-    try:
-        # Opened, not looked up: only that makes a network file system ask its server.
-        with open(path, encoding="utf-8") as file:
-            touched = os.fstat(file.fileno()).st_mtime_ns
-            text = file.read()
-    except OSError:
+def _read(path: Location) -> _Seen | None:
+    """Return a claim, None where there is none."""
+    found = files_at(path.parent).look(path.name)
+    if found is None:
         return None
     try:
-        content = json.loads(text)
+        content = json.loads(found[0])
     except ValueError:
         content = None
-    return content if isinstance(content, dict) else {}, touched
+    return _Seen(found[0], content if isinstance(content, dict) else {}, found[1])
 
 
-_seen: dict[Path, tuple[object, int, float]] = {}
+_seen: dict[Location, tuple[object, object, float]] = {}
 
 
-def _bury_if_dead(path: Path) -> bool:
+def _bury_if_dead(path: Location) -> bool:
     """Remove a claim that is dead; say whether there may be none now."""
     found = _read(path)
     if found is None:
         _seen.pop(path, None)
         return True
-    content, touched = found
-    token, now = content.get("token"), time.monotonic()
+    token, now = found.says.get("token"), time.monotonic()
     since = _seen.get(path)
-    if since is None or since[:2] != (token, touched):
-        _seen[path] = since = (token, touched, now)
-    if not _known_dead(content) and now - since[2] < EXPIRY:
+    if since is None or since[:2] != (token, found.mark):
+        _seen[path] = since = (token, found.mark, now)
+    if not _known_dead(found.says) and now - since[2] < EXPIRY:
         return False
     _seen.pop(path, None)
     log.info("%s: its process is gone; going on in its place", path)
-    grave = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
-    try:
-        path.rename(grave)
-    except OSError:
-        return True
-    moved = _read(grave)
-    if moved is not None and moved[0].get("token") != token:
-        # Somebody was faster and has made a new one, which is put back.
-        with contextlib.suppress(OSError):
-            os.link(grave, path)
-    grave.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        files_at(path.parent).bury(path.name, found.content, found.mark)
     return True
 
 
@@ -267,7 +247,7 @@ class _Heart:
                 claims = list(self._claims)
             for claim in claims:
                 with contextlib.suppress(OSError):
-                    os.utime(claim.path)
+                    claim.touch()
 
 
 _heart = _Heart()

@@ -7,16 +7,14 @@ creation, at growth and to mend them, always by one process at a time (see :meth
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import math
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -41,6 +39,7 @@ from influence_pipeline.cache.layout import (
     write_description,
 )
 from influence_pipeline.cache.record import NOTHING, FileSum, Record, digest
+from influence_pipeline.cache.store import Found, Location, files_at
 from influence_pipeline.cache.stored import DecodedRows, StoredArray
 from influence_pipeline.cache.tiles import Region
 from influence_pipeline.cache.writing import ArrayWriting, BlockWriting
@@ -59,13 +58,13 @@ class Group:
         attributes: what it says of itself.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         """Open the group at this folder.
 
         Raises:
             CacheDamaged: its description cannot be read, or is not as it was written.
         """
-        self.path = path
+        self.path, self._files = path, files_at(path)
         self.attributes: dict[str, Any] = sealed(path / DESCRIPTION)["attributes"]
         if not _describes(self.attributes):
             raise CacheDamaged(f"{path / DESCRIPTION} does not describe arrays of a cache; remove {path} and run again")
@@ -73,28 +72,17 @@ class Group:
         self._layout: Layout | None = None
 
     @classmethod
-    def create(cls, path: Path, layout: Layout, attributes: Mapping[str, Any]) -> Group:
+    def create(cls, path: Location, layout: Layout, attributes: Mapping[str, Any]) -> Group:
         """Lay out a new group, so that it appears at once and whole; one that is there already is opened.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        if (path / DESCRIPTION).exists():
-            return cls(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.parent.parent / f"{path.name}.{uuid.uuid4().hex}.partial"
-        try:
-            for spec in layout.all:
-                (aside / spec.name).mkdir(parents=True)
-                write_description(aside / spec.name / DESCRIPTION, description(layout, spec))
-            write_description(aside / DESCRIPTION, {**GROUP, "attributes": {**attributes, **layout.attributes}})
-            try:
-                aside.rename(path)
-            except OSError:
-                if not (path / DESCRIPTION).exists():
-                    raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        files = files_at(path)
+        if not files.exists(DESCRIPTION):
+            with files.laying_out(DESCRIPTION) as new:
+                for name, described in _descriptions(layout, attributes).items():
+                    write_description(new, name, described)
         return cls(path)
 
     @property
@@ -151,7 +139,7 @@ class Group:
 
     def __contains__(self, name: str) -> bool:
         """Say whether the group has an array of this name."""
-        return (self.path / name / DESCRIPTION).exists()
+        return self._files.exists(f"{name}/{DESCRIPTION}")
 
     def rows(self, name: str) -> ArrayLike:
         """Return an array whose slices are decoded to float32."""
@@ -170,8 +158,7 @@ class Group:
     def _record(self, block: Block | None) -> Record | None:
         """Read a record's chunk as it is on disk, many times faster than through zarr."""
         try:
-            with open(f"{self.path}/{_record_name(block)}", "rb") as file:
-                return Record.from_chunk(file.read())
+            return Record.from_chunk(self._files.read(_record_name(block)))
         except OSError:
             return None
 
@@ -186,8 +173,7 @@ class Group:
         return record.rows if record is not None and self._has(block, record) else 0
 
     def _has(self, block: Block, record: Record) -> bool:
-        # Paths as text: a Path for each of some files of a thousand blocks takes longer than to look at them.
-        lengths = [_length(f"{self.path}/{name}") for name in self.layout.block_files(block)]
+        lengths = [self._files.length(name) for name in self.layout.block_files(block)]
         return lengths == [file.length for file in record.files]
 
     def merged(self) -> Record | None:
@@ -219,22 +205,19 @@ class Group:
 
     def bytes_on_disk(self) -> int:
         """Return the bytes of all files."""
-        return sum(found.st_size for found in self._files())
+        return sum(found.length for found in self.files())
 
     def files_on_disk(self) -> int:
         """Return how many files there are."""
-        return sum(1 for _ in self._files())
+        return sum(1 for _ in self.files())
 
     def written(self) -> float:
         """Return when something was last written, in seconds since the epoch."""
-        return max((found.st_mtime for found in self._files()), default=0.0)
+        return max((found.written for found in self.files()), default=0.0)
 
-    def _files(self) -> Iterator[os.stat_result]:
-        """Yield what the disk says of each file, several times faster than by a Path for each."""
-        for folder, _, names in os.walk(self.path):
-            for name in names:
-                with contextlib.suppress(OSError):  # it may be gone since
-                    yield os.stat(f"{folder}/{name}")
+    def files(self) -> Iterator[Found]:
+        """Yield all of its files."""
+        return self._files.walk()
 
     # ---- damage --------------------------------------------------------------------------------------------------
 
@@ -244,8 +227,8 @@ class Group:
             record = self.record(block)
             if record is None:
                 # It may be written just now, so that it is looked at once more where it is there.
-                if (path := self._record_path(block)).exists() and self.record(block) is None:
-                    yield block, f"{path} is damaged"
+                if self._files.exists(_record_name(block)) and self.record(block) is None:
+                    yield block, f"{self.path / _record_name(block)} is damaged"
                 continue
             names = self.layout.block_files(block)
             for name, file in itertools.zip_longest(names, record.files, fillvalue=None):
@@ -258,8 +241,8 @@ class Group:
         """Say what is wrong with what was merged, None where it is as it was written, not there, or of the past."""
         record = self._record(None) if self.layout.merged else None
         if record is None:
-            path = self._record_path(None)
-            return f"{path} is damaged" if self.layout.merged and path.exists() else None
+            there = self.layout.merged and self._files.exists(_record_name(None))
+            return f"{self.path / _record_name(None)} is damaged" if there else None
         if record.inputs != self.contents(self.layout.grid) or record.content == self._merged_content(record.inputs):
             return None
         return f"{self.path}: one of {', '.join(spec.name for spec in self.layout.merged)} is damaged"
@@ -270,10 +253,7 @@ class Group:
         Raises:
             OSError: the disk refused.
         """
-        self._record_path(block).unlink(missing_ok=True)
-
-    def _record_path(self, block: Block | None) -> Path:
-        return self.path / _record_name(block)
+        self._files.remove(_record_name(block))
 
     def _suspect(self, name: str, index: Any) -> str | None:
         """Look at the files of a part that could not be read; discard what is damaged, and say what that was."""
@@ -305,21 +285,22 @@ class Group:
             WorkError: the disk refused, or the group is gone.
         """
         try:
-            return claims.take(self._claim_path(block), token)
+            return claims.take(self.path / _claim_name(block), token)
         except OSError as error:
             raise self.refused(f"block {block.index}", error) from error
 
     def claim_named(self, block: Block, token: str) -> Claim:
         """Return a claim that another process may take."""
-        return Claim(self._claim_path(block), token)
+        return Claim(self.path / _claim_name(block), token)
 
     def claimed(self, block: Block) -> str | None:
         """Say who is at work on a block, None where nobody is."""
-        return claims.taken(self._claim_path(block))
+        return claims.taken(self.path / _claim_name(block))
 
     def at_work(self) -> str | None:
         """Say who is at work on any block, None where nobody is."""
-        found = (claims.taken(path) for path in (self.path / RECORDS).glob("*.claim"))
+        names = (name for name in self._files.names(RECORDS) if name.endswith(".claim"))
+        found = (claims.taken(self.path / RECORDS / name) for name in names)
         return next((who for who in found if who), None)
 
     @contextmanager
@@ -330,13 +311,10 @@ class Group:
             WorkError: the disk refused, or the group is gone.
         """
         try:
-            with claims.exclusively(self.path / RECORDS / "finished.claim"):
+            with claims.exclusively(self.path / _claim_name(None)):
                 yield
         except OSError as error:
             raise self.refused("what is merged of its blocks", error) from error
-
-    def _claim_path(self, block: Block) -> Path:
-        return self.path / RECORDS / f"{'.'.join(map(str, block.index))}.claim"
 
     def commit(
         self,
@@ -367,7 +345,7 @@ class Group:
                 return False
             self.discard(block)
             names = self.layout.block_files(block)
-            known: dict[Path, FileSum] = {}
+            known: dict[Location, FileSum] = {}
             self._remove(names)
             for array in arrays:
                 known |= array.appear()
@@ -389,7 +367,8 @@ class Group:
         Raises:
             FileNotFoundError: the group is gone, and with it all claims.
         """
-        (self.path / DESCRIPTION).stat()
+        if not self._files.exists(DESCRIPTION):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path / DESCRIPTION))
         if claim is None or claim.held():
             return False
         log.warning("%s: block %s was taken over by another process", self.path, block.index)
@@ -479,20 +458,19 @@ class Group:
     def _remove(self, names: Sequence[str]) -> None:
         """Remove files before they are written: zarr reads what is there into a file that it fills in part."""
         for name in names:
-            (self.path / name).unlink(missing_ok=True)
+            self._files.remove(name)
 
     def tidy(self, block: Block | None) -> None:
         """Remove what a killed process left half written of a block, or of what is merged; only under its claim."""
         names = self.layout.merged_files() if block is None else self.layout.block_files(block)
-        claim = self.path / RECORDS / "finished.claim" if block is None else self._claim_path(block)
-        for path in (*(self.path / name for name in names), self._record_path(block), claim):
-            for leftover in path.parent.glob(f"{path.stem}.*.partial"):
-                leftover.unlink(missing_ok=True)
+        for name in (*names, _record_name(block), _claim_name(block)):
+            self._files.tidy(name)
 
     def clear(self) -> None:
         """Remove what killed processes left, where that can be done."""
-        left = [*(self.path / RECORDS).glob("*.claim"), *(self.path / RECORDS).glob("*.partial")]
-        for stem in sorted({path.name.rsplit(".", 1 if path.suffix == ".claim" else 2)[0] for path in left}):
+        endings = {".claim": 1, ".partial": 2}
+        left = ((name, end) for name in self._files.names(RECORDS) for end in endings if name.endswith(end))
+        for stem in sorted({name.rsplit(".", endings[end])[0] for name, end in left}):
             with contextlib.suppress(OSError, ValueError):
                 claim = claims.take(self.path / RECORDS / f"{stem}.claim")
                 if claim is not None:
@@ -506,15 +484,14 @@ class Group:
 
     def _lengths(self) -> bytes:
         """Return a digest of the lengths of the files of what is merged."""
-        return digest(_length(self.path / name).to_bytes(8, "little") for name in self.layout.merged_files())
+        return digest(self._files.length(name).to_bytes(8, "little") for name in self.layout.merged_files())
 
     def _sum(self, name: str) -> FileSum:
         """Return what a file is now; length 0 where there is none."""
         length, checksum = 0, 0
         try:
-            with open(self.path / name, "rb") as file:
-                while part := file.read(2**24):
-                    length, checksum = length + len(part), google_crc32c.extend(checksum, part)
+            for part in self._files.stream(name):
+                length, checksum = length + len(part), google_crc32c.extend(checksum, part)
         except FileNotFoundError:
             return FileSum(0, 0)
         return FileSum(length, checksum)
@@ -564,7 +541,7 @@ class Group:
         self._kept.clear()
 
     @classmethod
-    def mend(cls, path: Path, layout: Layout, attributes: Mapping[str, Any]) -> None:
+    def mend(cls, path: Location, layout: Layout, attributes: Mapping[str, Any]) -> None:
         """Write those descriptions anew that are damaged; only alone.
 
         A description follows from the identity and the layout, so that nothing else is lost with it.
@@ -572,18 +549,10 @@ class Group:
         Raises:
             OSError: the disk refused.
         """
-        damaged = [name for name in ("", *(spec.name for spec in layout.all)) if not _is_sealed(path / name)]
-        if not damaged:
-            return
-        aside = path.parent.parent / f"{path.name}.{uuid.uuid4().hex}.partial"
-        try:
-            Group.create(aside / "stage" / path.name, layout, attributes)
-            for name in damaged:
-                log.info("%s is mended", path / name / DESCRIPTION)  # whoever found it damaged said so
-                (path / name).mkdir(exist_ok=True)
-                (aside / "stage" / path.name / name / DESCRIPTION).replace(path / name / DESCRIPTION)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        for name, described in _descriptions(layout, attributes).items():
+            if not _is_sealed(path / name):
+                log.info("%s is mended", path / name)  # whoever found it damaged said so
+                write_description(files_at(path), name, described)
 
 
 def _describes(attributes: Mapping[str, Any]) -> bool:
@@ -601,9 +570,15 @@ def _describes(attributes: Mapping[str, Any]) -> bool:
     )
 
 
-def _is_sealed(folder: Path) -> bool:
+def _descriptions(layout: Layout, attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return all descriptions of a group by their names, its own last."""
+    found = {f"{spec.name}/{DESCRIPTION}": description(layout, spec) for spec in layout.all}
+    return {**found, DESCRIPTION: {**GROUP, "attributes": {**attributes, **layout.attributes}}}
+
+
+def _is_sealed(path: Location) -> bool:
     try:
-        sealed(folder / DESCRIPTION)
+        sealed(path)
     except CacheDamaged:
         return False
     return True
@@ -614,11 +589,9 @@ def _record_name(block: Block | None) -> str:
     return f"{FINISHED}/c/0" if block is None else f"{RECORDS}/c/{'/'.join(map(str, block.index))}/0"
 
 
-def _length(path: Path | str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
+def _claim_name(block: Block | None) -> str:
+    """Return the name of the file by which a block is claimed, or merging, relative to the group."""
+    return f"{RECORDS}/{'finished' if block is None else '.'.join(map(str, block.index))}.claim"
 
 
 def _what(found: FileSum | None, file: FileSum | None) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
 import math
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +16,7 @@ import numpy as np
 
 from influence_pipeline.cache.encoding import SCALED, factors
 from influence_pipeline.cache.record import Record
+from influence_pipeline.cache.store import Files, Location, files_at
 from influence_pipeline.errors import CacheDamaged
 from influence_pipeline.plan import tile_shape
 from stages.stage import ArraySpec, Axis, Block, Grid
@@ -273,16 +271,17 @@ def _codecs(dtype: np.dtype[Any], *, compressed: bool) -> list[dict[str, Any]]:
 # ---- descriptions: zarr.json files, which are checked as data are ----------------------------------------------------
 
 
-def seal(path: Path, **changes: Any) -> None:
+def seal(path: Location, **changes: Any) -> None:
     """Write into a zarr.json, among its attributes, a checksum of all of it; after changing some entries.
 
     Raises:
         OSError: the disk refused; the file is as it was.
     """
-    write_description(path, {**json.loads(path.read_bytes()), **changes})
+    files = files_at(path.parent)
+    write_description(files, path.name, {**json.loads(files.read(path.name)), **changes})
 
 
-def write_description(path: Path, described: dict[str, Any]) -> None:
+def write_description(files: Files, name: str, described: dict[str, Any]) -> None:
     """Write a zarr.json with its checksum, in one step for whoever looks.
 
     Raises:
@@ -290,24 +289,17 @@ def write_description(path: Path, described: dict[str, Any]) -> None:
     """
     described = {**described, "attributes": {**described.get("attributes", {}), "checksum": 0}}
     described["attributes"]["checksum"] = _checksum(described)
-    aside = path.with_name(f"zarr.{uuid.uuid4().hex}.partial")
-    try:
-        aside.write_bytes(_written(described))
-        aside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
+    files.put(name, _written(described))
 
 
-def sealed(path: Path) -> dict[str, Any]:
+def sealed(path: Location) -> dict[str, Any]:
     """Return a zarr.json that is as it was sealed.
 
     Raises:
         CacheDamaged: it is missing, cannot be read, or is not.
     """
     try:
-        raw = path.read_bytes()
+        raw = files_at(path.parent).read(path.name)
         described = json.loads(raw)
         fits = _fits(raw)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,8 @@ import numpy as np
 from influence_pipeline.cache.chunks import Chunks
 from influence_pipeline.cache.encoding import decode_into
 from influence_pipeline.cache.layout import Kept
-from influence_pipeline.cache.tiles import Region, Tiles
+from influence_pipeline.cache.store import Location, files_at
+from influence_pipeline.cache.tiles import Region, Tiles, file_name
 from influence_pipeline.errors import CacheDamaged, WorkError
 from stages.stage import Array
 
@@ -22,7 +22,7 @@ from stages.stage import Array
 class StoredArray:
     """An array as it is read: damage is an error that names the place."""
 
-    def __init__(self, kept: Kept, path: Path, suspect: Callable[[Any], str | None]) -> None:
+    def __init__(self, kept: Kept, path: Location, suspect: Callable[[Any], str | None]) -> None:
         """Read what is kept like that at ``path``; ``suspect`` looks for damage in a part, and says what it is."""
         self.shape, self.dtype, self.path = kept.shape, kept.dtype, path
         self.tiles = Tiles(path, kept) if kept.shards else None
@@ -39,9 +39,10 @@ class StoredArray:
         """
         part = self.checked(index, lambda: self._part(index, strict=True))
         if self.tiles is None:
-            lost = next((path for path in self._files(index) if not path.exists()), None)
+            files = files_at(self.path)
+            lost = next((name for name in self._names(index) if not files.exists(name)), None)
             if lost is not None:
-                raise self.damaged(self._suspect(index) or f"{lost} is missing")
+                raise self.damaged(self._suspect(index) or f"{self.path / lost} is missing")
         return part
 
     def checked(self, index: Any, read: Callable[[], Array]) -> Array:
@@ -111,7 +112,7 @@ class StoredArray:
         except Exception as error:
             raise CacheDamaged(f"{self.path}: {index} cannot be read: {error}") from error
 
-    def _files(self, index: Any) -> Iterator[Path]:
+    def _names(self, index: Any) -> Iterator[str]:
         """Yield the files that a part is in: Zarr reads one that is missing as fill values, without a word."""
         parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not Ellipsis]
         spans = []
@@ -122,7 +123,7 @@ class StoredArray:
             start, stop, _ = part.indices(length)
             spans.append(range(start // shard, math.ceil(stop / shard)))
         for found in itertools.product(*spans):
-            yield self.path.joinpath("c", *map(str, found))
+            yield file_name(found)
 
     def never_written(self, index: Any) -> CacheDamaged:
         """Make the error for a part that has entries that no block wrote."""

@@ -8,15 +8,12 @@ the tiles that it needs, decodes each into place, and shares nothing with other 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -24,6 +21,7 @@ import numpy as np
 from numcodecs import blosc
 
 from influence_pipeline.cache.encoding import convert
+from influence_pipeline.cache.store import Files, Location, Ranges, files_at
 from stages.stage import Array
 from stages.threads import Threads, own_memory
 
@@ -35,6 +33,8 @@ Encode = Callable[[Array, int], Part]
 EMPTY = 2**64 - 1
 """Offset and length of a tile that was never written."""
 CHECKSUM_BYTES = 4
+RESIDUE = 0x48674BC7
+"""The CRC-32C of any bytes with their own CRC-32C behind them."""
 CHUNK = 2**20
 """Entries that a thread encodes at once: they stay in its core's cache from the first look to the last."""
 AHEAD = 2
@@ -44,7 +44,7 @@ AHEAD = 2
 class Tiles:
     """The files of one array."""
 
-    def __init__(self, folder: Path, array: Any) -> None:
+    def __init__(self, folder: Location, array: Any) -> None:
         """Read and write the files of an array that has shards, at a folder."""
         self.shape: tuple[int, ...] = array.shape
         self.dtype: np.dtype[Any] = array.dtype
@@ -52,11 +52,12 @@ class Tiles:
         self.tile_shape: tuple[int, ...] = array.chunks
         self.fill = array.fill_value
         self.counts = tuple(f // t for f, t in zip(self.file_shape, self.tile_shape, strict=True))
+        self.files = files_at(folder)
         self._folder = folder
 
-    def path(self, number: Sequence[int]) -> Path:
+    def path(self, number: Sequence[int]) -> Location:
         """Return the path of a file by its position in the grid of files."""
-        return self._folder.joinpath("c", *map(str, number))
+        return self._folder / file_name(number)
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -78,11 +79,8 @@ class Tiles:
         """
         for number, part in cells(region, self.file_shape):
             try:
-                with open(self.path(number), "rb", buffering=0) as file:
-                    index = self._index(file)
-                    for position, cell in cells(part, self.tile_shape):
-                        inside = tuple(p % n for p, n in zip(position, self.counts, strict=True))
-                        tile = self._tile(file, *map(int, index[inside]), strict=strict)
+                with self.files.reading(file_name(number)) as file:
+                    for position, cell, tile in self._tiles(file, number, part, strict=strict):
                         corner = [p * t for p, t in zip(position, self.tile_shape, strict=True)]
                         piece = tile[tuple(slice(c.start - o, c.stop - o) for c, o in zip(cell, corner, strict=True))]
                         decoded(piece, cell, out[within(cell, region)])
@@ -91,37 +89,45 @@ class Tiles:
                     raise
                 out[within(part, region)] = self.fill
 
-    def _index(self, file: Any) -> Array:
+    def _tiles(
+        self, file: Ranges, number: Sequence[int], part: Region, *, strict: bool
+    ) -> Iterator[tuple[tuple[int, ...], Region, Array]]:
+        """Yield the tiles of a file that a part needs, each in this thread's own memory, where it stays until the next.
+
+        Yields:
+            Its position in the grid of tiles, what the part has of it, and the tile.
+
+        Raises:
+            ValueError: one is damaged, or was never written.
+        """
+        index, wanted = self._index(file, number), list(cells(part, self.tile_shape))
+        inside = [tuple(p % n for p, n in zip(position, self.counts, strict=True)) for position, _ in wanted]
+        places = [(int(index[i][0]), int(index[i][1])) for i in inside]
+        there = file.parts([place for place in places if place != (EMPTY, EMPTY)])
+        for (position, cell), place in zip(wanted, places, strict=True):
+            if place == (EMPTY, EMPTY):
+                if strict:
+                    raise ValueError(f"{self.path(number)}: a tile was never written")
+                yield position, cell, np.full(self.tile_shape, self.fill, self.dtype)
+                continue
+            raw = next(there)
+            if len(raw) != place[1] or not intact(raw):
+                raise ValueError(f"{self.path(number)}: a tile is damaged")
+            tile = own_memory("tile", self.tile_shape, self.dtype)
+            unpack(memoryview(raw)[:-CHECKSUM_BYTES], tile, self.path(number))
+            yield position, cell, tile
+
+    def _index(self, file: Ranges, number: Sequence[int]) -> Array:
         """Read where the tiles of a file are.
 
         Raises:
             ValueError: it is damaged.
         """
         size = 16 * math.prod(self.counts) + CHECKSUM_BYTES
-        length = file.seek(0, 2)
-        file.seek(max(0, length - size))
-        raw = file.read(size)
-        if len(raw) != size or raw[-CHECKSUM_BYTES:] != checksum(raw[:-CHECKSUM_BYTES]):
-            raise ValueError(f"{file.name}: where its tiles are is damaged")
+        raw = file.tail(size)
+        if len(raw) != size or not intact(raw):
+            raise ValueError(f"{self.path(number)}: where its tiles are is damaged")
         return np.frombuffer(raw[:-CHECKSUM_BYTES], "<u8").reshape(*self.counts, 2)
-
-    def _tile(self, file: Any, offset: int, length: int, *, strict: bool) -> Array:
-        """Read one tile into this thread's own memory, where it stays until the next.
-
-        Raises:
-            ValueError: it is damaged, or was never written.
-        """
-        if offset == length == EMPTY:
-            if strict:
-                raise ValueError(f"{file.name}: a tile was never written")
-            return np.full(self.tile_shape, self.fill, self.dtype)
-        file.seek(offset)
-        raw = file.read(max(0, length - CHECKSUM_BYTES))
-        if len(raw) != length - CHECKSUM_BYTES or file.read(CHECKSUM_BYTES) != checksum(raw):
-            raise ValueError(f"{file.name}: a tile is damaged")
-        tile = own_memory("tile", self.tile_shape, self.dtype)
-        unpack(raw, tile, file.name)
-        return tile
 
 
 @dataclass
@@ -195,15 +201,16 @@ class Filling:
         for file in self._files.values():
             file.finish()
 
-    def appear(self) -> dict[Path, tuple[int, int]]:
+    def appear(self) -> dict[Location, tuple[int, int]]:
         """Have the files appear; return the length and the CRC-32C of each.
 
         Raises:
             OSError: the disk refused, or they were removed meanwhile.
         """
-        for file in self._files.values():
-            file.aside.replace(file.path)
-        return {file.path: (file.length, file.checksum) for file in self._files.values()}
+        written = [file.written for file in self._files.values()]
+        for file in written:
+            file.appear()
+        return {file.path: (file.length, file.checksum) for file in written}
 
     def abandon(self) -> None:
         """Begin nothing more, wait for what is under way, remove what is left aside, and let go of all memory."""
@@ -216,7 +223,7 @@ class Filling:
         self._pending.clear()
         self._bands.clear()
         for file in self._files.values():
-            file.abandon()
+            file.written.abandon()
 
     def _open(self) -> _Band:
         while len(self._bands) >= AHEAD:
@@ -269,7 +276,7 @@ class Filling:
             number = tuple(a // f for a, (f, _) in zip(at, sizes, strict=True))
             position = tuple(a % f // t for a, (f, t) in zip(at, sizes, strict=True))
             if number not in self._files:
-                self._files[number] = _File(self._tiles.path(number), self._tiles.counts)
+                self._files[number] = _File(self._tiles.files, number, self._tiles.counts)
             self._files[number].append(position, tile.result())
         self._free.append(band.tiles)
 
@@ -289,37 +296,25 @@ def _runs(cells: list[Region]) -> list[tuple[Region, list[tuple[int, Region]]]]:
 class _File:
     """A file while it is written, aside."""
 
-    def __init__(self, path: Path, counts: tuple[int, ...]) -> None:
-        self.path, self.length, self.checksum = path, 0, 0
-        self.aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    def __init__(self, files: Files, number: tuple[int, ...], counts: tuple[int, ...]) -> None:
+        self.written = files.grow(file_name(number))
         self._index = np.full((*counts, 2), EMPTY, "<u8")
-        for folder in reversed(path.parents[: len(counts)]):  # not what they are in: that may have been removed
-            folder.mkdir(exist_ok=True)
-        self._file = open(self.aside, "wb", buffering=0)  # noqa: SIM115 - closed by finish or abandon
 
     def append(self, position: tuple[int, ...], packed: bytes) -> None:
-        self._index[position] = self.length, len(packed) + CHECKSUM_BYTES
-        self._write(packed)
-        self._write(checksum(packed))
+        self._index[position] = self.written.length, len(packed) + CHECKSUM_BYTES
+        self.written.write(packed)
+        self.written.write(checksum(packed))
 
     def finish(self) -> None:
         raw = self._index.tobytes()
-        self._write(raw)
-        self._write(checksum(raw))
-        self._file.close()
+        self.written.write(raw)
+        self.written.write(checksum(raw))
+        self.written.finish()
 
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self.aside.unlink(missing_ok=True)
 
-    def _write(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left) :]
-        self.length += len(data)
-        self.checksum = int(google_crc32c.extend(self.checksum, data))
+def file_name(number: Sequence[int]) -> str:
+    """Return the name of a file of an array by its position in the grid of files."""
+    return "/".join(("c", *map(str, number)))
 
 
 def cells(region: Region, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Region]]:
@@ -347,7 +342,7 @@ def pack(tile: Array) -> bytes:
     return packed
 
 
-def unpack(packed: bytes, tile: Array, file: object) -> None:
+def unpack(packed: bytes | memoryview, tile: Array, file: object) -> None:
     """Decompress a tile into its place.
 
     Raises:
@@ -361,3 +356,8 @@ def unpack(packed: bytes, tile: Array, file: object) -> None:
 def checksum(raw: bytes) -> bytes:
     """Return the CRC-32C that stands behind some bytes."""
     return int(google_crc32c.value(raw)).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def intact(raw: bytes) -> bool:
+    """Say whether what stands behind some bytes is their CRC-32C."""
+    return int(google_crc32c.value(raw)) == RESIDUE

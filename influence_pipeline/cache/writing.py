@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ from influence_pipeline.cache.chunks import Chunks
 from influence_pipeline.cache.encoding import SCALED, convert, factors, scaled, scales
 from influence_pipeline.cache.layout import SCALE
 from influence_pipeline.cache.record import FileSum
+from influence_pipeline.cache.store import Location
 from influence_pipeline.cache.tiles import Filling, Part, Region, Tiles
 from stages.stage import Array, ArraySpec, Block
 from stages.threads import Threads, one_core_threads
@@ -65,7 +65,7 @@ class ArrayWriting:
         if self._filling is not None:
             self._filling.finish()
 
-    def appear(self) -> dict[Path, FileSum]:
+    def appear(self) -> dict[Location, FileSum]:
         """Put all into its place; return what is known of the files.
 
         Raises:
