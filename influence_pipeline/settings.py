@@ -45,10 +45,9 @@ else:
         BeforeValidator(_named),
     ]
 
-BYTES = {"": 1, "B": 1} | {f"{p}iB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)} | {
+_UNITS = {"": 1, "B": 1} | {f"{p}iB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)} | {
     f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)
 }  # fmt: skip
-"""Units of amounts of memory."""
 MOST_BYTES = 2**60
 
 
@@ -61,9 +60,9 @@ def parse_bytes(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
-    if not match or match[2] not in BYTES:
+    if not match or match[2] not in _UNITS:
         raise ValueError(f'{_show(value)} is no amount of memory: write a number of bytes, or for example "2 GiB"')
-    amount = float(match[1]) * BYTES[match[2]]
+    amount = float(match[1]) * _UNITS[match[2]]
     return int(min(amount, 2.0 * MOST_BYTES))
 
 
@@ -80,6 +79,7 @@ def check_path(value: Any) -> Any:
 
 CLUSTERS = {
     "dask": 'its scheduler, for example address = "tcp://10.0.0.1:8786"',
+    "ray": 'its head, for example address = "10.0.0.1:6379", or "auto" on a machine of the cluster',
 }
 NO_PROCESSES = ("threading", "sequential", "multiprocessing")
 
@@ -166,9 +166,9 @@ class RuntimeSettings(_Section):
     Attributes:
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", …
         workers: processes that compute blocks at once; by default 1 on this machine, and all that a cluster has.
-        backend: what starts them: "loky" on this machine; "dask", a cluster that is there; or one that was registered
-            with joblib.
-        address: of the cluster's scheduler.
+        backend: what starts them: "loky" on this machine; "dask" or "ray", a cluster that is there; or one that was
+            registered with joblib.
+        address: of the cluster: of dask's scheduler, or of ray's head.
         memory: what one process may hold at once for its work, beside model and data set.
         device_batch: samples on the device at once, for gradients and for curvature products.
         device_memory: what these may hold there; by default half of what a GPU has free, a quarter of ``memory`` on
@@ -202,7 +202,7 @@ class RuntimeSettings(_Section):
         if self.on_cluster and not self.address:
             raise ValueError(f"backend = {self.backend!r} needs the address of {CLUSTERS[self.backend]}")
         if self.address and not self.on_cluster:
-            raise ValueError(f"address is of a cluster, and backend = {self.backend!r} is none: use 'dask'")
+            raise ValueError(f"address is of a cluster, and backend = {self.backend!r} is none: use 'dask' or 'ray'")
         return self
 
 

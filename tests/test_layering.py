@@ -18,6 +18,7 @@ HOMES = {
     "joblib": "influence_pipeline/engines/local.py",
     "loky": "influence_pipeline/engines/local.py",
     "distributed": "influence_pipeline/engines/on_dask.py",
+    "ray": "influence_pipeline/engines/on_ray.py",
     "tqdm": "influence_pipeline/runner.py",
 }
 
@@ -65,7 +66,7 @@ def test_each_library_of_the_machine_has_one_home(package: str, library: str) ->
     assert offences(package, library, HOMES[library]) == []
 
 
-@pytest.mark.parametrize("library", ["zarr", "joblib", "distributed", "tqdm"])
+@pytest.mark.parametrize("library", ["zarr", "joblib", "distributed", "ray", "tqdm"])
 def test_the_homes_are_where_these_are_used(library: str) -> None:
     assert offences("influence_pipeline", library) != []
 

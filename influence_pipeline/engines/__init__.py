@@ -1,7 +1,7 @@
 """Engines: what computes blocks in other processes, on this machine or on a cluster.
 
 ``local`` has processes that joblib starts, ``cluster`` the workers of a cluster that is there, which ``on_dask``
-reaches. ``worker`` is what all of them do.
+and ``on_ray`` reach. ``worker`` is what all of them do.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from influence_pipeline.cache import Group
 from influence_pipeline.engines.cluster import Cluster
 from influence_pipeline.engines.local import in_processes
 from influence_pipeline.engines.on_dask import Dask
+from influence_pipeline.engines.on_ray import Ray
 from influence_pipeline.engines.worker import Order, Rebuild
 from influence_pipeline.settings import RuntimeSettings
 from stages.stage import Block
 
-CLUSTERS: dict[str, Callable[[str], Cluster]] = {"dask": Dask}
-_connected: dict[tuple[str, str], Cluster] = {}
+CLUSTERS: dict[str, Callable[[RuntimeSettings], Cluster]] = {"dask": Dask, "ray": Ray}
+_connected: dict[tuple[str, str | None, int | None, str], Cluster] = {}
 
 
 def in_workers(
@@ -69,9 +70,10 @@ def count(runtime: RuntimeSettings) -> int:
 
 
 def _cluster(runtime: RuntimeSettings) -> Cluster:
-    """Return the cluster that the settings name, which this process stays connected to."""
-    assert runtime.address is not None
-    key = runtime.backend, runtime.address
+    """Return the cluster that the settings name, which this process stays connected to until they name another."""
+    key = runtime.backend, runtime.address, runtime.workers, runtime.device
     if key not in _connected or not _connected[key].connected:
-        _connected[key] = CLUSTERS[runtime.backend](runtime.address)
+        while _connected:
+            _connected.popitem()[1].close()
+        _connected[key] = CLUSTERS[runtime.backend](runtime)
     return _connected[key]

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 ANSWERS = 5.0
 """Seconds in which a cluster must answer, and have a worker."""
+STARTS = 60.0
+"""Seconds in which workers that are there, or starting, must be able to take a block."""
 LOOK = 0.5
 """Seconds between looks at which workers there are, at most."""
 MOST_LOST = 3
@@ -83,8 +85,14 @@ class Cluster(ABC):
         """Whether it can be asked."""
 
     @abstractmethod
+    def close(self) -> None:
+        """Leave it."""
+
+    @abstractmethod
     def signs(self) -> Mapping[str, tuple[int, object]]:
         """Return, for each worker that there is, its threads, and something that changes while it is alive.
+
+        A worker of no threads takes no block, but may have one.
 
         Raises:
             WorkError: the cluster does not answer.
@@ -118,12 +126,12 @@ class Cluster(ABC):
         Raises:
             RequestError: none comes within a few seconds.
         """
-        end = time.monotonic() + ANSWERS
-        while not self.workers():
-            if time.monotonic() > end:
+        began = time.monotonic()
+        while not any((found := self.workers()).values()):
+            if time.monotonic() - began > (STARTS if found else ANSWERS):
                 raise RequestError(f"{self.name} has no workers: {self.remedy}")
             time.sleep(LOOK)
-        return len(self.workers())
+        return len(found)
 
     def compute(
         self, order: Order, group: Group, missing: list[Block], most: int | None, finished: Callable[[Block], None]
@@ -150,25 +158,28 @@ class Cluster(ABC):
         answered = time.monotonic()
         try:
             while waiting or jobs:
-                if workers := self.workers():
+                workers = self.workers()
+                if any(workers.values()) or any(job.worker in workers for job in jobs):
                     answered = time.monotonic()
                 elif time.monotonic() - answered > claims.EXPIRY:
-                    raise WorkError(f"{self.name}: no worker answers any more. {KEPT}")
-                free = [w for w in workers if w not in self._jobs or self._jobs[w].answer.done()]
+                    raise WorkError(f"{self.name}: no worker answers and takes a block any more. {KEPT}")
+                free = [w for w, n in workers.items() if n and (w not in self._jobs or self._jobs[w].answer.done())]
                 while waiting and free and (most is None or len(jobs) < most):
                     jobs.append(self._handed(free.pop(0), workers, order, group, waiting.popleft()))
                 wait([job.answer for job in jobs], LOOK, FIRST_COMPLETED) if jobs else time.sleep(LOOK)
-                for job in [job for job in jobs if job.answer.done() or job.worker not in workers]:
+                for job in [job for job in jobs if job.answer.done() or not _has(job, workers)]:
                     jobs.remove(job)
                     answer, block = _taken(job), job.block
                     if answer is None:
-                        lost[block.index] += 1
+                        workers.pop(job.worker, None)  # until the next look, which is at once
+                        self._looked = -LOOK
+                        lost[block.index] += job.answer.done()
                         if lost[block.index] == MOST_LOST:
                             raise WorkError(
                                 f"{group.path}: {MOST_LOST} workers were lost over block {block.index}, out of memory "
                                 f"perhaps: use less runtime.memory, or workers with more. {KEPT}"
                             )
-                        log.warning("%s is gone: another worker computes block %s", job.worker, block.index)
+                        log.warning("%s is gone, or silent: another worker computes block %s", job.worker, block.index)
                         waiting.appendleft(block)
                     elif answer.error is not None:
                         raise answer.error
@@ -187,6 +198,11 @@ class Cluster(ABC):
         answer = self.submit(worker, order, group.path.absolute(), block, claim.token, threads[worker])
         job = self._jobs[worker] = Job(worker, block, claim, answer)
         return job
+
+
+def _has(job: Job, workers: Mapping[str, int]) -> bool:
+    """Say whether a block is, or may yet be, computed by the worker that has it."""
+    return job.worker in workers and (workers[job.worker] > 0 or job.claim.held())
 
 
 def _taken(job: Job) -> Answer | None:

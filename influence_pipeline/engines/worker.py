@@ -118,7 +118,7 @@ def take_gpu(numbers: Path) -> int | None:
 # ---- workers of a cluster --------------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """Whoever handed out a block has taken it back."""
 
 

@@ -38,6 +38,7 @@ MODULES = {
         *("resnet_memory", "projected_memory"),
     ),
     "rows_plan": ("plan_seconds", "plan_disk", "plan_peak"),
+    "rows_engines": ("dask_workers",),
     "nothing_to_do": ("nothing_to_do",),
 }
 """The modules of this folder that have rows, by name; each has them as ``ROWS``, functions of a ``Bench``."""

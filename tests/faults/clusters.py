@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from influence_pipeline.cache.writing import BlockWriting
 from influence_pipeline.cli import app
-from tests.faults.children import LOOK, Child, Server, _patch, prepare
+from influence_pipeline.engines import cluster
+from tests.faults.children import LOOK, ROOT, Child, Server, _patch, prepare
 
 COMES = 60.0
 """Seconds in which what is waited for must come, on a busy machine."""
@@ -37,6 +38,21 @@ def dask_worker(said: str, folder: str, expiry: float) -> None:
     main(["--scheduler-file", said, "--host", "127.0.0.1", *options])
 
 
+def ray_nodes(said: str, stop: str) -> None:
+    """Be a ray cluster of two nodes, with three CPUs in all, until a file appears."""
+    from ray.cluster_utils import Cluster
+
+    os.environ |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    node = {"include_dashboard": False, "object_store_memory": 80 * 2**20}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **node})
+    nodes.add_node(num_cpus=2, **node)
+    Path(f"{said}.partial").write_text(nodes.address)
+    Path(f"{said}.partial").rename(said)
+    while not Path(stop).exists():
+        time.sleep(LOOK)
+    nodes.shutdown()
+
+
 def work_at(gates: Path, expiry: float) -> None:
     """Have this process, a worker, hold blocks at gates."""
     prepare(expiry=expiry)
@@ -55,8 +71,9 @@ def work_at(gates: Path, expiry: float) -> None:
 
 
 def command(arguments: list[str], expiry: float | None = None) -> int:
-    """Run a command of the command line; return its exit code."""
+    """Run a command of the command line, which looks more often and waits less than usual; return its exit code."""
     prepare(expiry=expiry)
+    cluster.LOOK, cluster.ANSWERS, cluster.STOPPING = 0.1, 2.0, 1.0
     try:
         app(arguments)
     except SystemExit as end:
@@ -67,59 +84,86 @@ def command(arguments: list[str], expiry: float | None = None) -> int:
 # ---- their client ----------------------------------------------------------------------------------------------------
 
 
-class DaskCluster:
-    """A scheduler with some workers.
+class Gates:
+    """A folder in which a file of a stage's name holds all blocks of that stage, half written."""
 
-    Attributes:
-        gates: a folder; a file of a stage's name in it holds all blocks of that stage, half written.
-        workers: those that were not killed.
-    """
-
-    def __init__(self, server: Server, folder: Path, expiry: float) -> None:
-        """Start a scheduler."""
-        folder.mkdir()
-        self.gates, self.workers = folder, list[Child]()
-        self._server, self._said, self._expiry = server, folder / "scheduler.json", expiry
-        self.scheduler = server.start("tests.faults.clusters:dask_scheduler", hangs=None, said=self._said)
-        until(self._said.exists, self.scheduler)
-
-    @property
-    def address(self) -> str:
-        """Where the scheduler is."""
-        return str(json.loads(self._said.read_text())["address"])
-
-    def start(self, count: int = 1) -> None:
-        """Start so many workers."""
-        for _ in range(count):
-            order = {"said": self._said, "folder": self.gates, "expiry": self._expiry}
-            self.workers.append(self._server.start("tests.faults.clusters:dask_worker", hangs=None, **order))
+    def __init__(self, folder: Path) -> None:
+        """Hold nothing."""
+        folder.mkdir(exist_ok=True)
+        self.folder, self._killed = folder, set[int]()
 
     def close(self, *stages: str) -> None:
-        """Hold blocks of these stages."""
-        for mark in self.gates.glob("*.*"):
-            if mark.suffix[1:].isdigit():
-                mark.unlink()
+        """Hold blocks of these stages from now on."""
+        for mark in self.folder.glob("*.[0-9]*"):
+            mark.unlink()
         for stage in stages:
-            (self.gates / stage).touch()
+            (self.folder / stage).touch()
 
     def open(self, *stages: str) -> None:
         """Let blocks go."""
         for stage in stages:
-            (self.gates / stage).unlink(missing_ok=True)
+            (self.folder / stage).unlink(missing_ok=True)
 
-    def holding(self, stage: str, least: int, running: Child) -> list[Child]:
-        """Return workers that hold a block of a stage, once there are so many."""
+    def holding(self, stage: str, least: int, running: Child) -> list[int]:
+        """Return the processes of workers that hold a block of a stage, once there are so many."""
 
-        def found() -> list[Child]:
-            there = [worker for worker in self.workers if (self.gates / f"{stage}.{worker.process}").exists()]
-            return there if len(there) >= least else []
+        def found() -> list[int]:
+            there = {int(mark.suffix[1:]) for mark in self.folder.glob(f"{stage}.[0-9]*")} - self._killed
+            return sorted(there) if len(there) >= least else []
 
         return list(until(found, running))
+
+    def kill(self, process: int) -> None:
+        """Kill a worker."""
+        os.kill(process, signal.SIGKILL)
+        self._killed.add(process)
+
+
+class DaskCluster(Gates):
+    """A scheduler and its workers."""
+
+    def __init__(self, server: Server, folder: Path, expiry: float, workers: int = 3) -> None:
+        """Start a scheduler and workers."""
+        super().__init__(folder)
+        self.workers = list[Child]()
+        self._server, self._said, self._expiry = server, folder / "scheduler.json", expiry
+        self.scheduler = server.start("tests.faults.clusters:dask_scheduler", hangs=None, said=self._said)
+        until(self._said.exists, self.scheduler)
+        self.address = str(json.loads(self._said.read_text())["address"])
+        for _ in range(workers):
+            self.start()
+
+    def start(self) -> None:
+        """Start a worker."""
+        order = {"said": self._said, "folder": self.folder, "expiry": self._expiry}
+        self.workers.append(self._server.start("tests.faults.clusters:dask_worker", hangs=None, **order))
+
+    def kill(self, process: int) -> None:
+        """Kill a worker, and start another."""
+        super().kill(process)
+        self.start()
 
     def end(self) -> None:
         """End all of its processes."""
         for child in (*self.workers, self.scheduler):
             child.killed()
+
+
+class RayCluster(Gates):
+    """Two nodes; the experiment's file has to say that blocks are held."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        """Start the nodes."""
+        super().__init__(folder)
+        said, self._stop = folder / "address", folder / "stop"
+        self.nodes = server.start("tests.faults.clusters:ray_nodes", hangs=None, said=said, stop=self._stop)
+        until(said.exists, self.nodes)
+        self.address = said.read_text()
+
+    def end(self) -> None:
+        """End all of its processes."""
+        self._stop.touch()
+        self.nodes.wait()
 
 
 def until(what: Callable[[], Any], *children: Child) -> Any:
@@ -134,14 +178,3 @@ def until(what: Callable[[], Any], *children: Child) -> Any:
             raise TimeoutError("\n".join(child.said for child in children))
         time.sleep(LOOK)
     return found
-
-
-@contextmanager
-def dask_cluster(server: Server, folder: Path, expiry: float) -> Iterator[DaskCluster]:
-    """Have a scheduler and three workers."""
-    cluster = DaskCluster(server, folder, expiry)
-    try:
-        cluster.start(3)
-        yield cluster
-    finally:
-        cluster.end()

@@ -33,6 +33,9 @@ class Told(Cluster):
         self.orders: list[tuple[str, tuple[int, ...]]] = []
         self.under_way, self.most = 0, 0
 
+    def close(self) -> None:
+        pass
+
     def signs(self) -> Mapping[str, tuple[int, object]]:
         return {worker: (1, 0 if worker in self.stopped else time.monotonic()) for worker in self.there}
 
@@ -127,7 +130,7 @@ def test_a_block_over_which_workers_are_lost_again_and_again_is_given_up(group: 
 def test_workers_that_all_go_away_end_the_run(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "EXPIRY", 0.2)
     told = Told("a", does=lambda worker, block: told.there.clear())
-    with pytest.raises(ip.WorkError, match="no worker answers any more"):
+    with pytest.raises(ip.WorkError, match="no worker answers and takes a block"):
         handed(told, group)
 
 

@@ -21,7 +21,17 @@ def test_all_rows_print(tmp_path: Path) -> None:
     printed = {line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]}
     expected = {
         *("grad_z_loop", "grad_z_computing", "influence_cold_8", "influence_cold_64", "influence_warm"),
-        *("further_tests", "lissa_32", "lissa_512", "two_workers", "resume", "memory", "wide", "nothing_to_do"),
+        *(
+            "further_tests",
+            "lissa_32",
+            "lissa_512",
+            "two_workers",
+            "resume",
+            "memory",
+            "wide",
+            "nothing_to_do",
+            "dask_workers",
+        ),
         *("projection_identity", "projection_ggn", "projection_cost", "resnet_memory", "projected_memory"),
         *("plan_seconds", "plan_disk", "plan_peak"),
     }
