@@ -122,10 +122,10 @@ def scored(peer: Peer, case: Case) -> list[Scored]:
         own = np.full(len(train), np.nan, np.float32)
         with tempfile.TemporaryDirectory(prefix="accuracy_") as folder:
             torch.manual_seed(0)  # of the labels that kronfluence draws
-            began = time.perf_counter()
+            began = time.process_time()
             score = peer.prepare(case.model(), train, Path(folder), setting)
             scores = score(test).detach().numpy()
-            seconds = time.perf_counter() - began
+            seconds = time.process_time() - began
             own[:count] = score(TensorDataset(*(values[:count] for values in train.tensors))).detach().diagonal()
         if not np.median(own[:count]) > 0:
             raise RuntimeError(f"{peer.title} {setting}: a sample helps its own loss, and its score is not positive")

@@ -9,6 +9,7 @@ LDS is the linear datamodeling score with a 95 % bootstrap interval; LOO Pearson
 are of effects of single samples; AUC is of finding wrong labels, by self-influence ("own"; not by iterative solvers,
 which solve a thousand times for it) and by the harm to the tests on average. λ is found by the solver where it can do
 that, the default otherwise; in hindsight, the one with the best LDS of some is named. LiSSA goes some fixed steps.
+Seconds are those of processors, from the model to the scores: what else the machine does changes them little.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ LIMIT = 1800.0
 """Seconds for another package and a case."""
 NAMES = ("logistic", "mlp", "cnn", "table")
 HEADING = (
-    *("method", "LDS (95 %)", "LOO Pearson", "slope", "AUC, own", "AUC, harm", "seconds"),
+    *("method", "LDS (95 %)", "LOO Pearson", "slope", "AUC, own", "AUC, harm", "processor seconds"),
     "best in hindsight: LDS",
 )
 
@@ -54,7 +55,7 @@ class Row:
         figures: of its scores; None where there are none.
         own: the chance that self-influence puts a wrong label before a right one.
         harm: likewise for the harm to the tests on average.
-        seconds: for the scores of all tests.
+        seconds: of processors, for the scores of all tests.
         best: the setting with the largest LDS of all that were tried.
         best_lds: that LDS.
         note: why there are no figures.

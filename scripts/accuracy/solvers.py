@@ -77,9 +77,9 @@ def _scored(method: Method, case: Case, damping: Damping, folder: Path) -> Score
         sections["s_test"]["recursion_depth"] = case.size.depth
     settings = ip.Settings(**sections, runtime={"progress": False, "device": "cpu"})
     pipeline = ip.Pipeline(case.experiment(), folder, settings)
-    began = time.perf_counter()
+    began = time.process_time()
     found = pipeline.run()["holdout"]
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     own = pipeline.self_influence().values if method.direct and "influence" not in sections else None
     return Scored(_shown(damping), np.asarray(found.scores[:]), own, seconds)
 

@@ -44,7 +44,7 @@ class Scored(NamedTuple):
         setting: for people.
         scores: (T, N), predicted changes of each test's measurement without each training sample.
         own: (N,), those of each training sample's own loss, its self-influence; None where that was not computed.
-        seconds: from the model to the scores of all tests.
+        seconds: of processors, from the model to the scores of all tests.
     """
 
     setting: str

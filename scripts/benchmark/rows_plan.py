@@ -97,7 +97,8 @@ def measured(bench: Bench) -> dict[str, tuple[Took, Took]]:
 def row(bench: Bench, name: str, what: str, part: int, unit: str, size: float) -> Row:
     """Return the row of the example for which a figure is furthest from what was said."""
     found = measured(bench)
-    off = {key: max(a[part] / b[part], b[part] / a[part]) for key, (a, b) in found.items()}
+    # Of a small example nothing may be left once blocks of each stage were measured.
+    off = {key: max(a[part] / b[part], b[part] / a[part]) for key, (a, b) in found.items() if a[part]}
     worst = max(off, key=off.__getitem__)
     less, more = sorted(one[part] / size for one in found[worst])
     note = "; ".join(f"{key}: {a[part] / size:.4g} said, {b[part] / size:.4g} taken" for key, (a, b) in found.items())
