@@ -140,17 +140,52 @@ def run(
 @app.command()
 @_guarded
 def plan(
-    settings: SettingsFile,
+    settings: Annotated[
+        Path | None, typer.Argument(metavar="EXPERIMENT.toml", help="the settings file; not needed to simulate")
+    ] = None,
     tests: TestNames = None,
     keep_curvature: Keep = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="compute a block of each stage, keep it, and say what all would take")
     ] = False,
     self_influence: Annotated[bool, typer.Option("--self-influence", help="also what that would take")] = False,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="samples=1e9,tests=1000,dim=4096,workers=64,disk=2GB/s,…",
+            help="say what these sizes and rates would take, under the settings if there are any; with --measure, at "
+            "the rates of the experiment here",
+        ),
+    ] = None,
 ) -> None:
-    """Say what is cached, what is missing and what it would take; compute nothing unless that is to be measured."""
+    """Say what is cached, what is missing and what it would take; compute nothing unless that is to be measured.
+
+    Raises:
+        RequestError: there is no settings file.
+    """
+    if simulate is not None:
+        _simulate(simulate, settings, measure=measure)
+        return
+    if settings is None:
+        raise ip.RequestError("name a settings file, EXPERIMENT.toml, or give sizes: --simulate samples=1e6,…")
     pipeline = ip.Pipeline.from_toml(settings, keep_curvature=keep_curvature)
     typer.echo(pipeline.plan(*tests or (), measure=measure, self_influence=self_influence))
+
+
+def _simulate(text: str, settings: Path | None, *, measure: bool) -> None:
+    """Print what some sizes and rates would take.
+
+    Raises:
+        RequestError: there is nothing to measure.
+    """
+    from influence_pipeline.simulation import Scale, simulate
+
+    scale = Scale.read(text)
+    if measure:
+        if settings is None:
+            raise ip.RequestError("--measure measures an experiment: name its settings file")
+        scale = scale.measured(ip.Pipeline.from_toml(settings).plan(measure=True))
+    typer.echo(simulate(scale, None if settings is None else ip.Settings.from_toml(settings)))
 
 
 @app.command("grad-z")

@@ -29,7 +29,7 @@ from influence_pipeline.samples import PerClass, check_dataset
 from influence_pipeline.settings import check_name
 from influence_pipeline.task import Task
 from stages.grad_z.choose import describe
-from stages.stage import Array
+from stages.stage import Array, Ids, Positions
 
 Data = Dataset[Any] | Callable[[], Dataset[Any]]
 Show = Callable[[Any], Any]
@@ -193,7 +193,7 @@ class Experiment:
         other._model, other.checkpoints = loaded(self.model, checkpoint, self.checkpoints[checkpoint]), {}
         return other
 
-    def train_ids(self) -> Array:
+    def train_ids(self) -> Ids:
         """Return the ids by which training samples are named, (N,) int64.
 
         Raises:
@@ -201,7 +201,7 @@ class Experiment:
         """
         count = check_dataset(self.train, self.train_name)
         if self._train_ids is None:
-            return np.arange(count, dtype=np.int64)
+            return Positions(count)
         ids, most = self._train_ids, np.iinfo(np.int64).max
         whole = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
         if not whole or len(ids) != count or len(np.unique(ids)) != count or ids.min() < 0 or ids.max() > most:

@@ -19,7 +19,7 @@ from influence_pipeline.errors import CacheDamaged, MissingStage, RequestError
 from influence_pipeline.relative import KINDS, Relative, Scaled, inverse, ranked, read_rows, row_norms
 from influence_pipeline.report import check_installed
 from stages.influence.ranking import bottom_k, top_k
-from stages.stage import Array, Block, Grid
+from stages.stage import Array, Block, Grid, Ids
 
 if TYPE_CHECKING:
     import xarray
@@ -743,7 +743,7 @@ def refuse_several(identities: Mapping[str, Mapping[str, Any]], what: str) -> No
 
 
 def read_by_self_influence(
-    block: Block, gradients: bytes, prepared: bytes, curvature_samples: int, train_ids: Array
+    block: Block, gradients: bytes, prepared: bytes, curvature_samples: int, train_ids: Ids
 ) -> bytes:
     """Return a digest of what a block of self-influence is of, given those of what it reads."""
     return digest([gradients, prepared, curvature_samples.to_bytes(8, "little"), train_ids[block.bounds["sample"]]])
@@ -755,7 +755,7 @@ def prepared_contents(prepared: Group | None) -> bytes:
 
 
 def read_by_scores(
-    block: Block, solutions: bytes, gradients: bytes, curvature_samples: int, train_ids: Array, test_ids: Array
+    block: Block, solutions: bytes, gradients: bytes, curvature_samples: int, train_ids: Ids, test_ids: Array
 ) -> bytes:
     """Return a digest of what a block of scores is of, given those of the blocks that it reads."""
     tests, samples = block.bounds["test"], block.bounds["sample"]

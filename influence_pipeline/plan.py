@@ -284,6 +284,12 @@ class Timing:
         """Seconds that were spent on what is kept."""
         return 0.0 if self.stand_in else self.ready + sum(seconds for _, seconds in self.blocks) + self.rest
 
+    @property
+    def each(self) -> float:
+        """Seconds of an entry: of the first block, which costs more, only where there is no other."""
+        timed = self.blocks[1:] or self.blocks
+        return sum(seconds for _, seconds in timed) / sum(rows for rows, _ in timed)
+
     def left(self, entries: int, blocks: int, workers: int) -> float:
         """Return the seconds that the next run takes for what is left; what first blocks cost is not multiplied.
 
@@ -292,11 +298,9 @@ class Timing:
             blocks: that are left.
             workers: processes that share them.
         """
-        timed = self.blocks[1:] or self.blocks
-        if not (entries and timed):
+        if not (entries and self.blocks):
             return 0.0
-        each = sum(seconds for _, seconds in timed) / sum(rows for rows, _ in timed)
-        return self.ready + each * entries / min(workers, blocks)
+        return self.ready + self.each * entries / min(workers, blocks)
 
 
 @dataclass(frozen=True)

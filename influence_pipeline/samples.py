@@ -114,10 +114,19 @@ class DataSet:
         self._keep_bytes = keep_bytes
         self._kept: Batch | None = None
         self._length = check_dataset(data, name)
-        self._digests = np.zeros((self._length, DIGEST_BYTES), np.uint8)
-        self._known = np.zeros(self._length, bool)
-        self._fetched = np.zeros(self._length, bool)
         self._fingerprints: dict[int, bytes] = {}
+
+    @functools.cached_property
+    def _digests(self) -> Array:
+        return np.zeros((self._length, DIGEST_BYTES), np.uint8)
+
+    @functools.cached_property
+    def _known(self) -> Array:
+        return np.zeros(self._length, bool)
+
+    @functools.cached_property
+    def _fetched(self) -> Array:
+        return np.zeros(self._length, bool)
 
     def __len__(self) -> int:
         """Count the samples."""

@@ -45,9 +45,10 @@ else:
         BeforeValidator(_named),
     ]
 
-_UNITS = {"": 1, "B": 1} | {f"{p}iB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)} | {
+BYTES = {"": 1, "B": 1} | {f"{p}iB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)} | {
     f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)
 }  # fmt: skip
+"""Units of amounts of memory."""
 MOST_BYTES = 2**60
 
 
@@ -60,9 +61,9 @@ def parse_bytes(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
-    if not match or match[2] not in _UNITS:
+    if not match or match[2] not in BYTES:
         raise ValueError(f'{_show(value)} is no amount of memory: write a number of bytes, or for example "2 GiB"')
-    amount = float(match[1]) * _UNITS[match[2]]
+    amount = float(match[1]) * BYTES[match[2]]
     return int(min(amount, 2.0 * MOST_BYTES))
 
 

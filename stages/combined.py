@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stages.influence.scores import Scores
-from stages.stage import Array, ArrayLike, Block, Progress, Report, silent
+from stages.stage import Array, ArrayLike, Block, Ids, Progress, Report, silent
 
 READ_ROWS = 256
 """Test samples whose scores are summed at once."""
@@ -30,7 +30,7 @@ class Combined(Scores):
         self,
         members: Sequence[ArrayLike],
         weights: Sequence[float],
-        train_ids: Array,
+        train_ids: Ids,
         test_ids: Array,
         bands: tuple[int, int],
         curvature_samples: int,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stages.s_test.solver import Prepared, Solve, Solver, dots, norms
-from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Report, Stage, StageError, silent
+from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Ids, Report, Stage, StageError, silent
 
 if TYPE_CHECKING:
     from stages.curvature import Curvature
@@ -32,7 +32,7 @@ class SelfInfluence(Stage):
         curvature: Curvature,
         prepared: Prepared,
         gradients: ArrayLike,
-        train_ids: Array,
+        train_ids: Ids,
         block_rows: int,
         memory_bytes: int,
         *,

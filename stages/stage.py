@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
@@ -74,6 +75,30 @@ class ArrayLike(Protocol):
 
     def __getitem__(self, index: Any) -> Array:
         """Read a rectangular part of it."""
+
+
+class Positions:
+    """Ids that are positions, as an array of which nothing is in memory."""
+
+    def __init__(self, count: int) -> None:
+        """Count from 0 to ``count`` - 1."""
+        self.shape: tuple[int, ...] = (count,)
+
+    def __len__(self) -> int:
+        """Count them."""
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> Array:
+        """Return some of them, int64."""
+        return np.arange(*part.indices(len(self)), dtype=np.int64)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """Return all of them, int64."""
+        return self[:].astype(dtype or np.int64, copy=False)
+
+
+Ids = Array | Positions
+"""What samples are named by, (n,) int64."""
 
 
 @runtime_checkable

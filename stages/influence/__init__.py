@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stages.influence.scores import Scores
-from stages.stage import Array, ArrayLike, Block, FactoredRows, Progress, Report, Stage, silent
+from stages.stage import Array, ArrayLike, Block, FactoredRows, Ids, Progress, Report, Stage, silent
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class Influence(Scores):
         self,
         vectors: ArrayLike,
         gradients: ArrayLike,
-        train_ids: Array,
+        train_ids: Ids,
         test_ids: Array,
         *,
         bands: tuple[int, int],

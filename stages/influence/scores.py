@@ -10,7 +10,20 @@ from collections.abc import Mapping
 import numpy as np
 
 from stages.influence.ranking import bottom_k, top_k
-from stages.stage import Array, ArrayLike, ArraySpec, Axis, Block, Grid, Progress, Report, Stage, StageError, silent
+from stages.stage import (
+    Array,
+    ArrayLike,
+    ArraySpec,
+    Axis,
+    Block,
+    Grid,
+    Ids,
+    Progress,
+    Report,
+    Stage,
+    StageError,
+    silent,
+)
 
 RANKINGS = ("helpful_ids", "helpful_scores", "harmful_ids", "harmful_scores")
 
@@ -24,7 +37,7 @@ class Scores(Stage):
 
     def __init__(
         self,
-        train_ids: Array,
+        train_ids: Ids,
         test_ids: Array,
         bands: tuple[int, int],
         curvature_samples: int,
@@ -126,7 +139,7 @@ class Scores(Stage):
         total = np.zeros(count)
         for part in range(self.grid.shape[0]):
             total += arrays["part_sum"][part]
-        mean = (total / tests).astype(np.float32)
+        mean, train_ids = (total / tests).astype(np.float32), np.asarray(self.train_ids)
         offset = np.zeros(tests)
         for part in range(parts):
             offset -= arrays["part_total"][part]
@@ -134,9 +147,9 @@ class Scores(Stage):
             **{name: np.concatenate(values) for name, values in found.items()},
             "offset": offset / count,
             "mean_scores": mean,
-            "mean_helpful_ids": top_k(mean[None], self.train_ids, self.top_k)[0][0],
-            "mean_harmful_ids": bottom_k(mean[None], self.train_ids, self.top_k)[0][0],
-            "train_ids": self.train_ids,
+            "mean_helpful_ids": top_k(mean[None], train_ids, self.top_k)[0][0],
+            "mean_harmful_ids": bottom_k(mean[None], train_ids, self.top_k)[0][0],
+            "train_ids": train_ids,
             "test_ids": self.test_ids,
             "curvature_samples": np.asarray(self.curvature_samples),
         }
