@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from influence_pipeline import runner
-from influence_pipeline.cache import FOLDERS, Group
+from influence_pipeline.cache import FOLDERS, Group, records
 from influence_pipeline.cache.record import digest
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError
 from influence_pipeline.samples import DataSet, shown_ids
 from influence_pipeline.work import DIGESTS
-from influence_pipeline.works import Works, committed
+from influence_pipeline.works import Committed, Works
 from stages.stage import Array, Block
 
 FEW = 32
@@ -124,7 +124,7 @@ def _damaged_description(path: Path) -> str | None:
 
 
 def _verify_files(group: Group, found: Verification, *, show: bool) -> None:
-    label, blocks = f"{group.path.parent.name}/{group.path.name}", list(group.layout.grid)
+    label, blocks = f"{group.path.parent.name}/{group.path.name}", group.layout.grid
     with runner.watched(label, len(blocks), show) as report:
         for block in blocks:
             there = group.record(block) is not None
@@ -133,6 +133,7 @@ def _verify_files(group: Group, found: Verification, *, show: bool) -> None:
                 found.damaged.append(f"{label} block {block.index}: {what}")
                 group.discard(damaged)
             report(1)
+    found.damaged += records.discard_wrong(group)
     if merged := group.damage_of_merged():
         found.damaged.append(f"{label}: {merged}")
         group.discard(None)
@@ -142,11 +143,14 @@ def _verify_rows(works: Works, sample: int, found: Verification) -> None:
     place, data = works.gradients_place(), works.context.train
     group = works.find(place)
     changed = set(found.changed.get(data.name, ()))
-    rows = [] if group is None else [row for row in committed(group) if row not in changed]
+    rows: Sequence[int] = [] if group is None else Committed(group)
+    if changed:
+        rows = [row for row in rows if row not in changed]
     if group is None or not rows:
         raise RequestError("--sample: no training gradients of this model and these samples are cached")
     data.forget()  # what changed was found, and is not to be refused once more
-    chosen = sorted(np.random.default_rng().permutation(rows)[:sample].tolist())
+    few = np.random.default_rng().choice(len(rows), min(sample, len(rows)), replace=False)
+    chosen = sorted(rows[position] for position in few.tolist())
     found.rows += len(chosen)
     found.differing += works.differs(place, chosen)
 
@@ -201,9 +205,9 @@ def _refuse_seen(works: Works, data: DataSet, changed: list[int]) -> None:
     if data is works.context.train:
         place = works.gradients_place()
         group = works.find(place)
-        there = set() if group is None else set(committed(group))
+        there = () if group is None else Committed(group)
         differs = [] if group is None else works.differs(place, [i for i in few if i in there])
-        if not there & set(few):
+        if not any(i in there for i in few):
             differs = ["no gradient of the changed samples is cached to compare with"]
     else:
         differs = works.tests_differ(data.name, few)

@@ -57,7 +57,7 @@ def work(works: Works, solver: Solver) -> Work:
         "curvature",
         unit=stage.unit,
         whole=(context.train, count),
-        inputs=lambda block: basis,
+        inputs=basis,
         memory=lambda: works.memory(lambda memory: stage.held_bytes, [], None),
         passes=stage.passes,
     )

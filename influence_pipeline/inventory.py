@@ -41,8 +41,9 @@ def listed(cache: Cache) -> list[str]:
 def _described(group: Group) -> list[str]:
     stage, name = group.path.parent.name, group.path.name
     done, total = group.progress()
-    size, age = show_bytes(group.bytes_on_disk()), _age(time.time() - group.written())
-    lines = [f"{stage:<10} {name:<28} {done:>6} / {total:<6} blocks  {size:>9}  written {age} ago"]
+    size, _, written = group.size()
+    age = _age(time.time() - written)
+    lines = [f"{stage:<10} {name:<28} {done:>6} / {total:<6} blocks  {show_bytes(size):>9}  written {age} ago"]
     details = [_brief(stage, group.attributes["identity"]), *_receipts(group)]
     if worker := group.at_work():
         details.append(f"being computed by {worker}")
@@ -157,7 +158,7 @@ def _receipts(group: Group) -> list[str]:
         ("fidelity", group.attributes["identity"].get("encoding")),
     ):
         if name in group:
-            spearman, same = group.array(name).filled(...)[0]
+            spearman, same = group.array(name).filled(0)
             if math.isfinite(spearman):
                 found = f"Spearman {spearman:.6f}, {same:.1%} of the top 100 the same"
                 lines.append(f"products of gradients, {become} against exact: {found}")

@@ -63,7 +63,7 @@ def work(works: Works, place: Place) -> Work:
         stage,
         "newton",
         context.train,
-        inputs=lambda block: basis,
+        inputs=basis,
         before=before,
         holds=context.train,
         computing=context.evaluating,

@@ -972,8 +972,11 @@ class Pipeline:
         missing = pending(work, group)
         cached = [g.attributes for g in self.cache.groups(place.stage)]
         others = [attributes["identity"] for attributes in cached if attributes["tests"] == place.tests]
+        size, files, _ = group.size() if group else (0, 0, 0.0)
         expected, measured = room.expected_bytes(work, group, timing.shares if timing else {})
-        entries = sum(block.rows for block in missing)
+        seconds = 0.0
+        if timing is not None:
+            seconds = timing.left(missing.rows, len(missing), engines.count(self.settings.runtime))
         to_merge = group is not None and not missing and not group.finished
         return StagePlan(
             place.stage,
@@ -981,16 +984,16 @@ class Pipeline:
             done=len(work.stage.grid) - len(missing) - to_merge,
             total=len(work.stage.grid),
             rows=work.stage.grid.axes[0].length,
-            files=group.files_on_disk() if group else 0,
+            files=files,
             files_expected=work.layout.file_count,
-            bytes_on_disk=group.bytes_on_disk() if group else 0,
+            bytes_on_disk=size,
             bytes_expected=expected,
             measured=measured,
             memory_bytes=work.memory() if missing else 0,
             passes=work.passes,
             differs=nearest(place.identity, others) if group is None else self._grown(place, group),
             timing=timing,
-            seconds=0.0 if timing is None else timing.left(entries, len(missing), engines.count(self.settings.runtime)),
+            seconds=seconds,
         )
 
 

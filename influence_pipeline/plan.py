@@ -37,6 +37,8 @@ SUGGESTED_LAYERS = 3
 """Modules that are suggested at most; by their names, one by one."""
 MOST_BATCH = 256
 """Samples on the device at once, where nothing else bounds them."""
+SEGMENT = 4096
+"""Blocks, one after the other, of whose records there is a summary; groups of fewer have none."""
 TILE_ENTRIES = 2**21
 TILE_ROWS = 256
 TILE_COLUMNS = 8192

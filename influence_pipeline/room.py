@@ -16,7 +16,7 @@ from influence_pipeline.errors import RequestError
 from influence_pipeline.place import Place
 from influence_pipeline.plan import Suggestion, block_rows, show_bytes, suggestions
 from influence_pipeline.work import Work
-from stages.stage import Block, Grid
+from stages.stage import Blocks, Grid
 
 SPARE = 16 * 2**20
 """Bytes that are left free."""
@@ -44,13 +44,12 @@ def expected_bytes(
     bound = work.layout.bytes_bound(shares)
     if group is None:
         return bound, bool(shares)
-    records = [(block.rows, record) for block in group.layout.grid if (record := group.record(block)) is not None]
-    if not records:
+    records = group.records()
+    rows = int(group.layout.grid.rows[records.there].sum())
+    if not rows:
         return bound, bool(shares)
-    written, rows = sum(file.length for _, record in records for file in record.files), sum(rows for rows, _ in records)
-    total = sum(block.rows for block in work.stage.grid)
-    beside = group.bytes_on_disk() - written + (0 if group.finished else work.layout.merged_bytes)
-    return min(bound, beside + written * total // rows), True
+    beside = group.bytes_on_disk() - records.file_bytes + (0 if group.finished else work.layout.merged_bytes)
+    return min(bound, beside + records.file_bytes * work.stage.grid.entries // rows), True
 
 
 def shares(group: Group) -> dict[str, float]:
@@ -58,8 +57,8 @@ def shares(group: Group) -> dict[str, float]:
 
     Beside arrays, by their files' name, what descriptions take of their bound.
     """
-    layout, whole = group.layout, sum(block.rows for block in group.layout.grid)
-    done = sum(block.rows for block in layout.grid if group.record(block) is not None) / whole
+    layout = group.layout
+    done = int(layout.grid.rows[group.records().there].sum()) / layout.grid.entries
     taken: Counter[str] = Counter()
     for file in group.files():
         taken[DESCRIPTION if file.name.endswith(DESCRIPTION) else file.name.partition("/")[0]] += file.length
@@ -94,7 +93,7 @@ def advice(context: Context, work: Work, available: Callable[[int], int]) -> lis
     return suggestions(sizes, context.dim, context.settings.grad_z.encoding, needed, available)
 
 
-def refuse(place: Place, work: Work, group: Group, context: Context, missing: list[Block]) -> list[Block]:
+def refuse(place: Place, work: Work, group: Group, context: Context, missing: Blocks) -> Blocks:
     """Refuse missing blocks that do not fit the disk; return those to compute before this is asked again.
 
     How far arrays can be compressed is not known before: where their bound does not fit, one block is computed and

@@ -34,7 +34,7 @@ from influence_pipeline.settings import RuntimeSettings
 from influence_pipeline.shard import Shard
 from influence_pipeline.signals import interrupted_once
 from influence_pipeline.work import Work, pending
-from stages.stage import Block, Progress
+from stages.stage import Block, Blocks, Progress
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Outcome:
     timing: Timing | None = None
 
 
-Room = Callable[[list[Block]], list[Block]]
+Room = Callable[[Blocks], Blocks]
 """Refuses blocks that do not fit the disk; returns those that may be computed before it is asked again."""
 
 
@@ -101,16 +101,17 @@ def run(
     """
     began, computed = time.monotonic(), 0
     missing = pending(work, group)
+    group.summarise(missing)
     if not missing and group.finished:
         return Outcome(0, len(work.stage.grid), time.monotonic() - began)
     log.info("%s: %d of %d blocks to compute, into %s", work.label, len(missing), len(work.stage.grid), group.path)
     tries: Counter[tuple[int, ...]] = Counter()
     with _computing(work, missing, runtime) as bar:
         while missing:
-            own = missing if shard is None else shard.of(missing, work.stage.grid)
+            own = missing if shard is None else shard.of(missing)
             if not own and not wait:
                 break
-            now = room(own) if own else []
+            now = room(own) if own else own
             if not now or (not runtime.on_cluster and (runtime.processes == 1 or len(now) < 2)):
                 done = _here(work, group, now, bar)
             else:
@@ -126,6 +127,7 @@ def run(
                 bar.note(Progress(note=f"waiting for {other}"))
                 time.sleep(max(PAUSE, time.monotonic() - looked))
             bar.at(missing)
+            group.summarise(missing)
         if not missing:
             _give_back()  # what the last blocks freed
             work.finish(group, bar.note)
@@ -154,8 +156,8 @@ def measure(work: Work, group: Group, runtime: RuntimeSettings, room: Room) -> O
         kept = time.monotonic()
         ready = kept - began
         while missing and len(blocks) < 2 and (not blocks or blocks[0][1] < SHORT):
-            block, *missing = room(missing)[:1] + missing[1:]
-            if _here(work, group, [block], bar):
+            block, missing = room(missing)[:1], missing[1:]
+            if _here(work, group, block, bar):
                 blocks.append((block.rows, time.monotonic() - kept))
             kept = time.monotonic()
         if complete := not pending(work, group):
@@ -167,7 +169,7 @@ def measure(work: Work, group: Group, runtime: RuntimeSettings, room: Room) -> O
 
 
 @contextmanager
-def _computing(work: Work, missing: list[Block], runtime: RuntimeSettings) -> Iterator[_Bar]:
+def _computing(work: Work, missing: Blocks, runtime: RuntimeSettings) -> Iterator[_Bar]:
     """Surround whatever computes blocks that are missing; refuse them first where they do not fit the memory."""
     if missing:
         work.memory()
@@ -188,7 +190,7 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _here(work: Work, group: Group, missing: list[Block], bar: _Bar) -> list[tuple[int, ...]]:
+def _here(work: Work, group: Group, missing: Blocks, bar: _Bar) -> list[tuple[int, ...]]:
     """Compute blocks in this process, each of them kept while the next is computed; return which."""
     done: list[tuple[int, ...]] = []
     behind: deque[tuple[Block, Future[bool]]] = deque()
@@ -227,9 +229,9 @@ def _threads(workers: int) -> Iterator[None]:
 class _Bar:
     """A progress bar over samples, moved by whole blocks and by what is reported from inside one."""
 
-    def __init__(self, work: Work, missing: list[Block], show: bool) -> None:
-        self._total = sum(block.rows for block in work.stage.grid)
-        self._done = self._total - sum(block.rows for block in missing)
+    def __init__(self, work: Work, missing: Blocks, show: bool) -> None:
+        self._total = work.stage.grid.entries
+        self._done = self._total - missing.rows
         # None: tqdm shows itself on a terminal only.
         self._bar: Any = tqdm(
             total=self._total, initial=self._done, desc=work.label, unit=f" {work.unit}", unit_scale=True,
@@ -264,9 +266,9 @@ class _Bar:
         self._bar.n = self._done
         self._bar.refresh()
 
-    def at(self, missing: list[Block]) -> None:
+    def at(self, missing: Blocks) -> None:
         """Count what is there, whoever made it."""
-        self._done = self._total - sum(block.rows for block in missing)
+        self._done = self._total - missing.rows
         self._bar.n = self._done
         self._bar.refresh()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections import UserDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -19,9 +20,14 @@ from influence_pipeline.errors import CacheMismatch, RequestError, WorkError
 from influence_pipeline.task import targets_of
 from stages.batch import leaves, map_leaves, only_tensors, size, to_device
 from stages.prefetch import ahead
-from stages.stage import Array, Batch
+from stages.stage import Array, ArrayLike, Batch
 
 DIGEST_BYTES = 16
+AT_ONCE = 2**20
+"""Digests that are read at once; more are read when they are asked for."""
+AROUND = 2**12
+"""Digests that are read with one that is asked for."""
+MOST_SOURCES = 255
 
 
 def digest(sample: Any) -> bytes:
@@ -115,6 +121,7 @@ class DataSet:
         self._kept: Batch | None = None
         self._length = check_dataset(data, name)
         self._fingerprints: dict[int, bytes] = {}
+        self._sources: list[ArrayLike] = []
 
     @functools.cached_property
     def _digests(self) -> Array:
@@ -127,6 +134,11 @@ class DataSet:
     @functools.cached_property
     def _fetched(self) -> Array:
         return np.zeros(self._length, bool)
+
+    @functools.cached_property
+    def _unread(self) -> Array:
+        """For each sample, the number of what its digest is to be read from, 0 where it is in memory."""
+        return np.zeros(self._length, np.uint8)
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -213,32 +225,65 @@ class DataSet:
         rows = slice(ids.start, ids.stop) if isinstance(ids, range) and ids.step == 1 else np.asarray(ids, np.int64)
         for number in np.flatnonzero(~self._known[rows]).tolist():
             self.sample(int(ids[number]))
+        if self._sources:
+            self._read_digests(np.asarray(ids))
         found: Array = self._digests[rows].copy()
         return found
+
+    def _read_digests(self, ids: Array) -> None:
+        """Read what is to be read of the digests of some samples, and of those around them."""
+        for chunk in np.unique(ids[self._unread[ids] > 0] // AROUND).tolist():
+            part = slice(chunk * AROUND, min((chunk + 1) * AROUND, self._length))
+            for number, source in enumerate(self._sources, 1):
+                rows = np.flatnonzero(self._unread[part] == number) + part.start
+                if len(rows):
+                    around = slice(int(rows[0]), int(rows[-1]) + 1)
+                    self._digests[rows] = source[around][rows - around.start]
+                    self._unread[rows] = 0
 
     def fingerprint(self, count: int) -> bytes:
         """Return a digest of the first ``count`` samples, taken once: what is known stays until it is forgotten."""
         if count not in self._fingerprints:
-            self._fingerprints[count] = digest_of([count.to_bytes(8, "little"), self.digests(range(count))])
+            parts = (self.digests(range(start, min(start + AT_ONCE, count))) for start in range(0, count, AT_ONCE))
+            self._fingerprints[count] = digest_of(itertools.chain([count.to_bytes(8, "little")], parts))
         return self._fingerprints[count]
 
-    def expect(self, digests: Array, start: int) -> None:
+    def expect(self, digests: ArrayLike, part: slice) -> None:
         """Refuse, from now on, samples that are not those of which something is cached.
 
         Args:
-            digests: (n, 16) uint8, of samples one after the other.
-            start: position of the first.
+            digests: (n, 16) uint8, of all samples. Very many are read when they are asked for.
+            part: those that count.
         """
-        part = slice(start, min(start + len(digests), self._length))
-        new = ~self._known[part]
+        part = slice(part.start, min(part.stop, self._length))
+        if part.stop <= part.start or not (new := ~self._known[part]).any():
+            return
         rows = slice(None) if new.all() else new  # a slice of a million rows is one copy
-        self._digests[part][rows] = digests[: len(new)][rows]
+        if part.stop - part.start <= AT_ONCE or len(self._sources) == MOST_SOURCES:
+            self._digests[part][rows] = digests[part][rows]
+        else:
+            if all(source is not digests for source in self._sources):
+                self._sources.append(digests)
+            number = next(n for n, source in enumerate(self._sources, 1) if source is digests)
+            self._unread[part][rows] = number
         self._known[part] = True
 
     @property
     def expected(self) -> Array:
         """The positions of samples whose digest is known, (n,) int64."""
         return np.flatnonzero(self._known)
+
+    def expected_among(self, choose: Callable[[int], list[int]]) -> list[int]:
+        """Return some positions of samples whose digest is known; ``choose`` is told how many there are."""
+        starts = np.arange(0, self._length, AROUND)
+        ends = np.add.reduceat(self._known, starts, dtype=np.int64).cumsum()
+        found = []
+        for number in choose(int(ends[-1])):
+            chunk = int(np.searchsorted(ends, number, "right"))
+            before = int(ends[chunk - 1]) if chunk else 0
+            there = np.flatnonzero(self._known[chunk * AROUND : (chunk + 1) * AROUND])
+            found.append(chunk * AROUND + int(there[number - before]))
+        return found
 
     @property
     def all_expected(self) -> bool:
@@ -249,6 +294,9 @@ class DataSet:
         """Expect nothing of any sample."""
         self._known[:], self._fetched[:], self._kept = False, False, None
         self._fingerprints.clear()
+        if self._sources:
+            self._unread[:] = 0
+            self._sources.clear()
 
     def changed(self, ids: Sequence[int], report: Callable[[int], None] = lambda count: None) -> dict[int, Array]:
         """Fetch some samples, and return the digests of those that are not what was expected, by position."""
@@ -256,7 +304,7 @@ class DataSet:
         for part, samples in self._read(ids, 32):
             for position, sample in zip(part, samples, strict=True):
                 now = np.frombuffer(digest(sample), np.uint8)
-                if self._known[position] and not np.array_equal(now, self._digests[position]):
+                if self._known[position] and not np.array_equal(now, self._digest(position)):
                     found[position] = now
             report(len(part))
         return found
@@ -273,7 +321,7 @@ class DataSet:
 
     def _remember(self, position: int, sample: Any) -> None:
         found = np.frombuffer(digest(sample), np.uint8)
-        if self._known[position] and not np.array_equal(self._digests[position], found):
+        if self._known[position] and not np.array_equal(self._digest(position), found):
             if not self._fetched[position]:
                 raise CacheMismatch(changed_samples(self.name, [position]))
             raise CacheMismatch(
@@ -281,6 +329,12 @@ class DataSet:
                 "samples: turn random augmentation off (use the evaluation transform), or fix its seed by sample"
             )
         self._digests[position], self._known[position], self._fetched[position] = found, True, True
+
+    def _digest(self, position: int) -> Array:
+        if self._sources:
+            self._read_digests(np.array([position]))
+        found: Array = self._digests[position]
+        return found
 
     def _collated(self, samples: list[Any]) -> Batch:
         try:

@@ -6,12 +6,11 @@ Without them, processes over one cache share its blocks by claiming, and each ca
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
 from influence_pipeline.errors import RequestError
-from stages.stage import Block, Grid
+from stages.stage import Blocks
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Shard:
             raise RequestError(f"--shard {text!r}: {count} shards are counted from 0/{count} to {count - 1}/{count}")
         return cls(index, count)
 
-    def of(self, blocks: Iterable[Block], grid: Grid) -> list[Block]:
+    def of(self, blocks: Blocks) -> Blocks:
         """Return those of some blocks that are of this share."""
-        return [block for block in blocks if grid.number(block) % self.count == self.index]
+        return Blocks(blocks.grid, blocks.numbers[blocks.numbers % self.count == self.index])
 
     def __str__(self) -> str:
         """Write it as it is read."""

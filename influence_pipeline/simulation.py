@@ -278,7 +278,7 @@ def _places(works: Works) -> list[Place]:
 def _stage(work: Work, place: Place, works: Works, scale: Scale) -> SimulatedStage:
     """Count what a stage does, and divide that by the rates."""
     layout, blocks = work.layout, len(work.stage.grid)
-    each = len(layout.block_files(work.stage.grid.block(tuple(0 for _ in work.stage.grid.axes)))) + 1
+    each = layout.files_each + 1
     written = layout.bytes_bound({DESCRIPTION: 0.0})
     read = _Read()
     if isinstance(work.stage, Influence):

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from influence_pipeline.cache import Group, Layout
 from influence_pipeline.cache.claims import Claim
 from influence_pipeline.cache.record import NOTHING, Record, digest
@@ -18,7 +20,7 @@ from influence_pipeline.cache.writing import BlockWriting
 from influence_pipeline.errors import MissingStage
 from influence_pipeline.samples import DIGEST_BYTES, DataSet
 from influence_pipeline.signals import shielded
-from stages.stage import Array, ArrayLike, ArraySpec, Block, Progress, Stage
+from stages.stage import Array, ArrayLike, ArraySpec, Block, Blocks, Progress, Stage
 
 DIGESTS = "digests"
 
@@ -32,7 +34,7 @@ class Work:
         label: what people read.
         data: the data set along the grid's only axis; each sample's digest is kept beside what is computed of it.
         whole: a data set of which every block reads the first so many samples; their digests are kept, too.
-        inputs: digest of whatever else a block reads.
+        inputs: digest of whatever else blocks read, the same of all, or of each.
         before: called once before the first block that is computed here.
         holds: a data set to have in memory while blocks are computed, where it fits.
         computing: what surrounds all computing, such as the model's ``eval()`` mode.
@@ -46,7 +48,7 @@ class Work:
     label: str
     data: DataSet | None = None
     whole: tuple[DataSet, int] | None = None
-    inputs: Callable[[Block], bytes] = lambda block: NOTHING
+    inputs: bytes | Callable[[Block], bytes] = NOTHING
     before: Callable[[], None] = lambda: None
     holds: DataSet | None = None
     computing: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -70,16 +72,26 @@ class Work:
     def samples(self, block: Block) -> bytes:
         """Return a digest of the samples that a block reads."""
         if self.whole is not None:
-            data, count = self.whole
-            return data.fingerprint(count)
+            return self.whole_samples
         if self.data is not None:
             return digest([self.data.digests(block.ids(self.stage.grid.axes[0].name))])
         return NOTHING
 
+    @property
+    def whole_samples(self) -> bytes:
+        """A digest of the samples that every block reads."""
+        assert self.whole is not None
+        data, count = self.whole
+        return data.fingerprint(count)
+
+    def reads(self, block: Block) -> bytes:
+        """Return a digest of whatever else a block reads."""
+        return self.inputs if isinstance(self.inputs, bytes) else self.inputs(block)
+
     def valid(self, group: Group, block: Block) -> Record | None:
         """Return the record of a block that is there, and of what it would be computed of now; None for another."""
         record = group.whole(block)
-        if record is None or record.inputs != self.inputs(block):
+        if record is None or record.inputs != self.reads(block):
             return None
         # Samples along the axis were kept with the block; whoever reads one compares it.
         return record if self.whole is None or record.samples == self.samples(block) else None
@@ -156,7 +168,7 @@ class Work:
             writing.add(values)
         if self.data is not None:
             writing.add({DIGESTS: self.data.digests(block.ids(self.stage.grid.axes[0].name))})
-        return functools.partial(group.commit, block, writing, self.samples(block), self.inputs(block), claim)
+        return functools.partial(group.commit, block, writing, self.samples(block), self.reads(block), claim)
 
     def finish(self, group: Group, report: Callable[[Progress], None]) -> None:
         """Merge all blocks and keep that."""
@@ -196,14 +208,18 @@ def _digests(axis: str, length: int) -> ArraySpec:
     return ArraySpec(DIGESTS, (axis, "digest_byte"), (length, DIGEST_BYTES), "uint8", about=about)
 
 
-def pending(work: Work, group: Group | None) -> list[Block]:
+def pending(work: Work, group: Group | None) -> Blocks:
     """Return the blocks that are not there, in order."""
+    grid = work.stage.grid
     if group is None or not group.fits(work.layout):
-        return list(work.stage.grid)
-    known = group.layout.grid.shape
-    missing = []
-    for block in work.stage.grid:
-        inside = all(i < n for i, n in zip(block.index, known, strict=True))
-        if not inside or not work.valid(group, block):
-            missing.append(block)
-    return missing
+        return Blocks(grid, np.arange(len(grid)))
+    records = group.records(whole=True).within(grid)
+    there = records.table["rows"] == grid.rows
+    if isinstance(work.inputs, bytes):
+        there &= records.same("inputs", work.inputs)
+    else:
+        for number in np.flatnonzero(there).tolist():
+            there[number] = records.table["inputs"][number].tobytes() == work.inputs(grid.at(number))
+    if work.whole is not None and there.any():
+        there &= records.same("samples", work.whole_samples)
+    return Blocks(grid, np.flatnonzero(~there))

@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Container, Iterable, Sequence
+from typing import overload
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from influence_pipeline import combined, curvature_work, newton, plan, self_infl
 from influence_pipeline.cache import Cache, Group, group_name
 from influence_pipeline.cache.encoding import round_trip
 from influence_pipeline.cache.record import digest
-from influence_pipeline.context import Context, check_fixed, sentinels
+from influence_pipeline.context import SENTINELS, Context, check_fixed, sentinels
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
 from influence_pipeline.evaluate.truth import measured_work, retrained_work
 from influence_pipeline.influences import covering, read_by_scores
@@ -31,7 +32,7 @@ from stages.s_test import STest
 from stages.s_test.preparation import Preparation
 from stages.s_test.prepare import Prepare, probe_losses, probes
 from stages.s_test.solver import Solver
-from stages.stage import Array, ArrayLike, Block, StageError
+from stages.stage import Array, ArrayLike, Axis, Block, StageError
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +126,7 @@ class Works:
         """
         if id(data) in self._compared:
             return
-        known = data.expected
-        changed = data.changed(known[sentinels(len(known))].tolist())
+        changed = data.changed(data.expected_among(sentinels))
         if changed:
             raise CacheMismatch(changed_samples(data.name, sorted(changed)))
         self._compared.add(id(data))
@@ -143,7 +143,9 @@ class Works:
             CacheMismatch: it is not the one that is cached.
         """
         group = self.find(self.grad_z_place())
-        rows = [] if group is None else [row for row in committed(group) if row not in without]
+        rows: Sequence[int] = [] if group is None else Committed(group)
+        if without:
+            rows = [row for row in rows if row not in without]
         if group is not None and rows:
             norm = group.array("norm")
             among = [rows[position] for position in sentinels(len(rows))]
@@ -163,7 +165,7 @@ class Works:
                 ):
                     tests = other.attributes["tests"]
                     self.expect_tests(tests)
-                    found = self.measurements_differ(other, tests, committed(other)[:1])
+                    found = self.measurements_differ(other, tests, Committed(other)[:1])
                     self._refuse_code(other, "solutions", found)
 
     def _refuse_code(self, group: Group, what: str, differs: list[str]) -> None:
@@ -180,7 +182,7 @@ class Works:
 
     def _losses_differ(self, group: Group, without: Container[int]) -> list[str]:
         """Compute losses again that a solver prepared with; return what is to be said of those that are others."""
-        complete = all(group.record(block) for block in group.layout.grid) and group.finished
+        complete = group.records().there.all() and group.finished
         if not complete or "probe_loss" not in group:
             return []
         kept, count = group.array("probe_loss")[:], int(group.array(DIGESTS).shape[0])
@@ -204,7 +206,7 @@ class Works:
         """
         group = self.find(self.s_test_place(tests))
         if group is not None:
-            self._refuse_code(group, "solutions", self.measurements_differ(group, tests, committed(group)[:1]))
+            self._refuse_code(group, "solutions", self.measurements_differ(group, tests, Committed(group)[:1]))
 
     def differs(self, place: Place, rows: Iterable[int]) -> list[str]:
         """Compute cached gradients again; return what is to be said of those that are others."""
@@ -227,7 +229,8 @@ class Works:
     def tests_differ(self, tests: str, rows: Sequence[int]) -> list[str]:
         """Compute measurements of changed samples again; return what is to be said of those that are others."""
         group = self.find(self.s_test_place(tests))
-        rows = [] if group is None else sorted(set(rows) & set(committed(group)))
+        there = () if group is None else Committed(group)
+        rows = sorted(row for row in set(rows) if row in there)
         if group is None or not rows:
             return ["no measurement of the changed samples is cached to compare with"]
         return self.measurements_differ(group, tests, rows)
@@ -437,10 +440,15 @@ class Works:
             batches: by what is computed of them, in the order in which they are kept.
         """
         group = self.find(place)
-        there = [] if group is None else [block for block in group.layout.grid if group.whole(block)]
-        if group is None or not there or self.settings.runtime.device_batch != "auto":
+        if group is None or self.settings.runtime.device_batch != "auto":
             return
-        kept = np.stack([np.ravel(group.array("batch")[block.index[0]]) for block in there]).min(axis=0)
+        grid, records = group.layout.grid, group.records(whole=True)
+        there = np.flatnonzero(records.table["rows"] == grid.rows)
+        if not len(there):
+            return
+        stored = group.array("batch")
+        few = dict.fromkeys(there[[*sentinels(len(there)), *range(-min(len(there), SENTINELS), 0)]].tolist())
+        kept = np.stack([np.ravel(stored[grid.at(number).index[0]]) for number in few]).min(axis=0)
         for most, (kind, batch) in zip(kept.tolist(), batches.items(), strict=True):
             batch.size = self.context.batch_within(kind, self.context.memory, most)
 
@@ -489,7 +497,7 @@ class Works:
             stage,
             f"s_test {tests}",
             data,
-            inputs=lambda block: basis,
+            inputs=basis,
             before=before,
             holds=None if solver.preparation() is None or solver.of_gradients else context.train,
             computing=context.evaluating,
@@ -550,13 +558,13 @@ class Works:
         tests = sum(len(self.context.test(str(each.tests))) for each in (place, *beside))
         tests, band = min(tests, stage.grid.axes[0].band), stage.grid.axes[1].band
         gradients = self.gradients_place()
-        blocks = list(self.work(gradients).stage.grid)
+        blocks = self.work(gradients).stage.grid
         if self.settings.grad_z.store:
             group = self.find(gradients)
             there = itertools.takewhile(lambda block: group is not None and group.whole(block), blocks)
             rows, repeats = min(band, sum(block.rows for block in there)), 2
         else:  # a block of gradients that was computed is remembered
-            rows, repeats, band = sum(block.rows for block in blocks[:2]), 1, blocks[0].rows
+            rows, repeats, band = int(blocks.rows[:2].sum()), 1, int(blocks.rows[0])
         if not rows:
             return None
         measured = Influence(
@@ -687,7 +695,12 @@ class Works:
         group, grid = self.find(place), self.work(place).stage.grid
         if group is None:
             return Absent((len(context.train), context.dim)), lambda band: digest([]), False
-        return group.rows("gradients"), lambda band: group.contents(covering(grid, band)), False
+        records, each = functools.cache(group.records), grid.axes[0].band
+        return (
+            group.rows("gradients"),
+            lambda part: records().contents(part.start // each, -(-part.stop // each)),
+            False,
+        )
 
     def memory(self, needed: Callable[[int], int], kinds: Sequence[str], what: str | None) -> int:
         """Return what is held at once; refuse what does not fit the memory.
@@ -730,10 +743,40 @@ class _Random:
         return self._first[rows, : columns.stop - columns.start].copy()
 
 
-def committed(group: Group) -> list[int]:
-    """Return the entries along a group's only axis that were computed and can be read."""
-    axis = group.layout.grid.axes[0].name
-    return [i for block in group.layout.grid for i in block.ids(axis)[: group.rows_there(block)]]
+class Committed(Sequence[int]):
+    """The entries along a group's only axis that were computed and can be read, of which none are in memory."""
+
+    def __init__(self, group: Group) -> None:
+        """Look at what there is."""
+        rows, self._band = group.records(whole=True).table["rows"], group.layout.grid.axes[0].band
+        self._blocks = np.flatnonzero(rows)
+        self._ends = rows[self._blocks].cumsum()
+
+    def __len__(self) -> int:
+        """Count them."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @overload
+    def __getitem__(self, part: int) -> int: ...
+    @overload
+    def __getitem__(self, part: slice) -> list[int]: ...
+    def __getitem__(self, part: int | slice) -> int | list[int]:
+        """Return one, or some."""
+        if isinstance(part, slice):
+            return [self[i] for i in range(*part.indices(len(self)))]
+        number = range(len(self))[part]
+        place = int(np.searchsorted(self._ends, number, "right"))
+        before = int(self._ends[place - 1]) if place else 0
+        return int(self._blocks[place]) * self._band + number - before
+
+    def __contains__(self, row: object) -> bool:
+        """Say whether an entry is among them."""
+        assert isinstance(row, int)
+        place = int(np.searchsorted(self._blocks, row // self._band))
+        if place == len(self._blocks) or self._blocks[place] != row // self._band:
+            return False
+        before = int(self._ends[place - 1]) if place else 0
+        return row % self._band < int(self._ends[place]) - before
 
 
 def expect_digests(group: Group | None, data: DataSet) -> None:
@@ -744,17 +787,17 @@ def expect_digests(group: Group | None, data: DataSet) -> None:
     if any(spec.name == DIGESTS for spec in group.layout.merged):
         parts = [slice(0, stored.shape[0])] if group.finished else []
     else:
-        axis = group.layout.grid.axes[0].name
-        parts = _joined(block.bounds[axis] for block in group.layout.grid if group.whole(block))
+        grid = group.layout.grid
+        parts = _runs(np.flatnonzero(group.records(whole=True).table["rows"] == grid.rows), grid.axes[0])
     for part in parts:
-        data.expect(stored[part], part.start)
+        data.expect(stored, part)
 
 
-def _joined(parts: Iterable[slice]) -> list[slice]:
-    """Join slices that follow one another: one read of many blocks takes a fraction of many reads."""
-    found: list[slice] = []
-    for part in parts:
-        if found and found[-1].stop == part.start:
-            part = slice(found.pop().start, part.stop)
-        found.append(part)
-    return found
+def _runs(bands: Array, axis: Axis) -> list[slice]:
+    """Return the entries of some bands, ascending, in as few slices as can be: these are read many times faster."""
+    ends = np.flatnonzero(np.diff(bands) > 1)
+    firsts, lasts = bands[[0, *(ends + 1)]] if len(bands) else bands, bands[[*ends, -1]] if len(bands) else bands
+    return [
+        slice(axis.bounds(first).start, axis.bounds(last).stop)
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
+    ]

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +126,13 @@ class Axis:
         """The number of bands."""
         return math.ceil(self.length / self.band)
 
+    @property
+    def bands(self) -> Array:
+        """The number of entries of each band, (n,) int64."""
+        found = np.full(self.count, self.band, np.int64)
+        found[-1:] = self.length - (self.count - 1) * self.band
+        return found
+
     def bounds(self, index: int) -> slice:
         """Return the entries of band ``index``."""
         return slice(index * self.band, min((index + 1) * self.band, self.length))
@@ -163,6 +170,11 @@ class Grid:
         """Count the blocks."""
         return math.prod(self.shape)
 
+    @property
+    def entries(self) -> int:
+        """The number of entries of all blocks."""
+        return math.prod(axis.length for axis in self.axes)
+
     def __iter__(self) -> Iterator[Block]:
         """Yield the blocks in row-major order."""
         for index in itertools.product(*(range(n) for n in self.shape)):
@@ -176,9 +188,53 @@ class Grid:
         """Return how many blocks come before this one in row-major order."""
         return functools.reduce(lambda before, at: before * at[0] + at[1], zip(self.shape, block.index, strict=True), 0)
 
+    def at(self, number: int) -> Block:
+        """Return the block of this number, in row-major order."""
+        return self.block(tuple(map(int, np.unravel_index(number, self.shape))))
+
+    @property
+    def rows(self) -> Array:
+        """The number of entries of each block, (n,) int64."""
+        found = np.ones((), np.int64)
+        for axis in self.axes:
+            found = found[..., np.newaxis] * axis.bands
+        return found.reshape(-1)
+
     def axis(self, name: str) -> Axis | None:
         """Return the axis of this name, if the grid has one."""
         return next((axis for axis in self.axes if axis.name == name), None)
+
+
+class Blocks(Sequence[Block]):
+    """Some blocks of a grid, of which only the numbers are in memory.
+
+    Attributes:
+        grid: their grid.
+        numbers: which, (n,), in row-major order of the grid.
+    """
+
+    def __init__(self, grid: Grid, numbers: Array) -> None:
+        """Take the blocks of these numbers."""
+        self.grid, self.numbers = grid, numbers
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, part: int) -> Block: ...
+    @overload
+    def __getitem__(self, part: slice) -> Blocks: ...
+    def __getitem__(self, part: int | slice) -> Block | Blocks:
+        """Return one, or some of them."""
+        if isinstance(part, slice):
+            return Blocks(self.grid, self.numbers[part])
+        return self.grid.at(int(self.numbers[part]))
+
+    @property
+    def rows(self) -> int:
+        """The number of entries of all of them."""
+        return int(self.grid.rows[self.numbers].sum())
 
 
 @dataclass(frozen=True)

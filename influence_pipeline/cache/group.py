@@ -10,7 +10,6 @@ import contextlib
 import errno
 import itertools
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,8 @@ import google_crc32c
 import numpy as np
 import zarr
 
-from influence_pipeline.cache import claims
+from influence_pipeline import plan
+from influence_pipeline.cache import claims, records
 from influence_pipeline.cache.chunks import Chunks
 from influence_pipeline.cache.claims import Claim
 from influence_pipeline.cache.layout import (
@@ -39,12 +39,13 @@ from influence_pipeline.cache.layout import (
     write_description,
 )
 from influence_pipeline.cache.record import NOTHING, FileSum, Record, digest
+from influence_pipeline.cache.records import Records
 from influence_pipeline.cache.store import Found, Location, files_at
 from influence_pipeline.cache.stored import DecodedRows, StoredArray
-from influence_pipeline.cache.tiles import Region
+from influence_pipeline.cache.tiles import CHECKSUM_BYTES, Region
 from influence_pipeline.cache.writing import ArrayWriting, BlockWriting
 from influence_pipeline.errors import CacheDamaged, WorkError
-from stages.stage import Array, ArrayLike, ArraySpec, Block
+from stages.stage import Array, ArrayLike, ArraySpec, Block, Blocks
 from stages.threads import one_core_threads
 
 log = logging.getLogger(__name__)
@@ -148,8 +149,22 @@ class Group:
 
     def progress(self) -> tuple[int, int]:
         """Return how many blocks have a record, and how many there are."""
-        blocks = list(self.layout.grid)
-        return sum(self.record(block) is not None for block in blocks), len(blocks)
+        return int(self.records().there.sum()), len(self.layout.grid)
+
+    def records(self, *, whole: bool = False) -> Records:
+        """Return the records of all blocks; with ``whole``, of those whose files have their lengths."""
+        return records.read(self, whole=whole)
+
+    def summarise(self, missing: Blocks) -> None:
+        """Have the records of many blocks be read faster from now on, where none of those around is missing."""
+        whole = len(self.layout.grid) // plan.SEGMENT
+        left = np.bincount(missing.numbers // plan.SEGMENT, minlength=whole)[:whole]
+        for segment in np.flatnonzero(left == 0).tolist():
+            self._summarise(segment)
+
+    def _summarise(self, segment: int) -> None:
+        with contextlib.suppress(OSError):
+            records.summarise(self, segment * plan.SEGMENT)
 
     def record(self, block: Block) -> Record | None:
         """Return the record of a block, None where it has none."""
@@ -165,14 +180,15 @@ class Group:
     def whole(self, block: Block) -> Record | None:
         """Return the record of a block that is there: of this extent, with files of its lengths; None for another."""
         record = self.record(block)
-        return record if record is not None and record.rows == block.rows and self._has(block, record) else None
+        return record if record is not None and record.rows == block.rows and self.has(block, record) else None
 
     def rows_there(self, block: Block) -> int:
         """Return how many entries of a block can be read: fewer than it covers where the axis got longer since."""
         record = self.record(block)
-        return record.rows if record is not None and self._has(block, record) else 0
+        return record.rows if record is not None and self.has(block, record) else 0
 
-    def _has(self, block: Block, record: Record) -> bool:
+    def has(self, block: Block, record: Record) -> bool:
+        """Say whether the files of a block have the lengths that its record says."""
         lengths = [self._files.length(name) for name in self.layout.block_files(block)]
         return lengths == [file.length for file in record.files]
 
@@ -181,11 +197,7 @@ class Group:
         if not self.layout.merged:
             return None
         record = self._record(None)
-        same = (
-            record is not None
-            and record.inputs == self.contents(self.layout.grid)
-            and record.samples == self._lengths()
-        )
+        same = record is not None and record.inputs == self.records().contents() and record.samples == self._lengths()
         return record if same else None
 
     @property
@@ -203,17 +215,32 @@ class Group:
         found = map(record or self.record, blocks)
         return digest(there.content if there else b"missing" for there in found)
 
+    def size(self) -> tuple[int, int, float]:
+        """Return the bytes of all files, how many these are, and when something was last written.
+
+        Times are in seconds since the epoch. Of very many blocks, files are not looked at one by one: it is what their
+        records say, and when the last of them and their summaries were written.
+        """
+        if len(self.layout.grid) < plan.SEGMENT:
+            found = list(self.files())
+            times = [file.written for file in found]
+            return sum(file.length for file in found), len(found), max(times, default=0.0)
+        merged, known = [spec.name for spec in self.layout.merged], self.records()
+        folders = [*merged, FINISHED, records.FOLDER] if merged else [records.FOLDER]
+        found = [file for folder in folders for file in self._files.walk(folder)]
+        times = [file.written for file in found]
+        names = [DESCRIPTION, *(f"{spec.name}/{DESCRIPTION}" for spec in (*self.layout.stored, self.layout.records))]
+        there, each = np.flatnonzero(known.there), self.layout.files_each
+        if len(there):
+            last = _record_name(self.layout.grid.at(int(there[-1])))
+            times += [file.written for file in self._files.walk(last.rpartition("/")[0])]
+        size = known.file_bytes + len(there) * (Record.size(each) + CHECKSUM_BYTES)
+        size += sum(file.length for file in found) + sum(map(self._files.length, names))
+        return size, len(there) * (each + 1) + len(found) + len(names), max(times, default=0.0)
+
     def bytes_on_disk(self) -> int:
         """Return the bytes of all files."""
-        return sum(found.length for found in self.files())
-
-    def files_on_disk(self) -> int:
-        """Return how many files there are."""
-        return sum(1 for _ in self.files())
-
-    def written(self) -> float:
-        """Return when something was last written, in seconds since the epoch."""
-        return max((found.written for found in self.files()), default=0.0)
+        return self.size()[0]
 
     def files(self) -> Iterator[Found]:
         """Yield all of its files."""
@@ -243,7 +270,7 @@ class Group:
         if record is None:
             there = self.layout.merged and self._files.exists(_record_name(None))
             return f"{self.path / _record_name(None)} is damaged" if there else None
-        if record.inputs != self.contents(self.layout.grid) or record.content == self._merged_content(record.inputs):
+        if record.inputs != self.records().contents() or record.content == self._merged_content(record.inputs):
             return None
         return f"{self.path}: one of {', '.join(spec.name for spec in self.layout.merged)} is damaged"
 
@@ -253,7 +280,12 @@ class Group:
         Raises:
             OSError: the disk refused.
         """
-        self._files.remove(_record_name(block))
+        name = _record_name(block)
+        if block is None:
+            self._files.remove(name)
+        elif self._files.exists(name) or records.summarised(self, block):
+            with records.rewriting(self, block):
+                self._files.remove(name)
 
     def _suspect(self, name: str, index: Any) -> str | None:
         """Look at the files of a part that could not be read; discard what is damaged, and say what that was."""
@@ -270,6 +302,9 @@ class Group:
             block, what = found[0]
             return f"{what}{'' if block is None else f' (block {block.index})'}"
         lost = [block for block in blocks if self.record(block) is None]
+        for block in lost:
+            with contextlib.suppress(OSError):
+                self.discard(block)
         return f"block {lost[0].index} of {self.path} is not there" if lost else None
 
     # ---- writing -------------------------------------------------------------------------------------------------
@@ -353,6 +388,9 @@ class Group:
             if self._taken_over(block, claim):
                 return False
             self._write_record(block, Record.new(block.rows, samples, inputs, files))
+            segment, place = divmod(self.layout.grid.number(block), plan.SEGMENT)
+            if segment and place == plan.SEGMENT // 2:  # whoever computes blocks is done with those before by now
+                self._summarise(segment - 1)
         except OSError as error:
             with contextlib.suppress(OSError):
                 if self._taken_over(block, claim):
@@ -399,7 +437,8 @@ class Group:
                 self._write(spec, values[region], region)
             files = tuple(self._sum(file) for file in self.layout.block_files(block))
             adopted = Record(record.rows, samples, record.inputs, record.content, files)
-            self._write_record(block, adopted)
+            with records.rewriting(self, block):
+                self._write_record(block, adopted)
         except OSError as error:
             raise self.refused("digests", error) from error
 
@@ -435,7 +474,7 @@ class Group:
             writing.abandon()
 
     def _record_merged(self) -> None:
-        inputs = self.contents(self.layout.grid)
+        inputs = self.records().contents()
         record = Record(len(self.layout.grid), self._lengths(), inputs, self._merged_content(inputs), ())
         self._write_record(None, record)
 
@@ -515,13 +554,14 @@ class Group:
 
     def _held(self, axis: str) -> int:
         """Return how many entries along an axis have been computed: a run that failed may have made room for more."""
-        there = 0
-        for block in self.layout.grid:
-            record = self.record(block)
-            if record is not None:
-                others = math.prod(b.stop - b.start for name, b in block.bounds.items() if name != axis)
-                there = max(there, block.bounds[axis].start + record.rows // others)
-        return there
+        grid, found = self.layout.grid, self.records()
+        there = np.flatnonzero(found.there)
+        if not len(there):
+            return 0
+        position = [one.name for one in grid.axes].index(axis)
+        bands = np.unravel_index(there, grid.shape)[position]
+        entries = found.table["rows"][there] * grid.axes[position].bands[bands] // grid.rows[there]
+        return int((bands * grid.axes[position].band + entries).max())
 
     def resize(self, layout: Layout) -> None:
         """Make the arrays as long as a layout that fits wants them; only alone.

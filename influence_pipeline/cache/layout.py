@@ -14,6 +14,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from influence_pipeline import plan
 from influence_pipeline.cache.encoding import SCALED, factors
 from influence_pipeline.cache.record import Record
 from influence_pipeline.cache.store import Files, Location, files_at
@@ -59,7 +60,7 @@ class Layout:
     def records(self) -> ArraySpec:
         """The array of the blocks' records."""
         names = [f"{axis.name}_block" for axis in self.grid.axes]
-        width = Record.size(len(self.block_files(self.grid.block(tuple(0 for _ in names)))))
+        width = Record.size(self.files_each)
         about = "a block without a record does not exist"
         dims = (*(names if len(names) > 1 else ["block"]), "byte")
         return ArraySpec(RECORDS, dims, (*self.grid.shape, width), "uint8", about=about)
@@ -122,11 +123,21 @@ class Layout:
         return [name for spec in self.merged for name in self.files(spec, tuple(slice(0, n) for n in spec.shape))]
 
     @property
+    def files_each(self) -> int:
+        """How many files a block fills, its record aside."""
+        return len(self._patterns)
+
+    @property
     def file_count(self) -> int:
         """How many files there are once all blocks are: each fills as many, beside its record."""
-        each = len(self.block_files(self.grid.block(tuple(0 for _ in self.grid.axes)))) + 1
-        described = len(self.all) + 1
-        return described + len(self.grid) * each + len(self.merged_files()) + bool(self.merged)
+        described, summaries = len(self.all) + 1, len(self.grid) // plan.SEGMENT
+        return (
+            described
+            + summaries
+            + len(self.grid) * (self.files_each + 1)
+            + len(self.merged_files())
+            + bool(self.merged)
+        )
 
     def blocks_of(self, name: str, index: tuple[Any, ...]) -> list[Block]:
         """Return the blocks that a part of an array is of; none where it is merged from all."""

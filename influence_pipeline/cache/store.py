@@ -138,8 +138,8 @@ class Files(ABC):
         """Return the names of the files in a folder, without it."""
 
     @abstractmethod
-    def walk(self) -> Iterator[Found]:
-        """Yield all files."""
+    def walk(self, inside: str = "") -> Iterator[Found]:
+        """Yield all files, or those in a folder."""
 
     @property
     @abstractmethod
@@ -311,8 +311,8 @@ class _LocalFiles(Files):
             return os.listdir(f"{self._text}/{folder}")
         return []
 
-    def walk(self) -> Iterator[Found]:
-        for folder, _, names in os.walk(self._text):
+    def walk(self, inside: str = "") -> Iterator[Found]:
+        for folder, _, names in os.walk(f"{self._text}/{inside}" if inside else self._text):
             inside = folder[len(self._text) + 1 :]
             for name in names:
                 with contextlib.suppress(OSError):  # it may be gone since

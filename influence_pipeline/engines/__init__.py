@@ -15,7 +15,7 @@ from influence_pipeline.engines.on_dask import Dask
 from influence_pipeline.engines.on_ray import Ray
 from influence_pipeline.engines.worker import Order, Rebuild
 from influence_pipeline.settings import RuntimeSettings
-from stages.stage import Block
+from stages.stage import Block, Blocks
 
 CLUSTERS: dict[str, Callable[[RuntimeSettings], Cluster]] = {"dask": Dask, "ray": Ray}
 _connected: dict[tuple[str, str | None, int | None, str], Cluster] = {}
@@ -24,7 +24,7 @@ _connected: dict[tuple[str, str | None, int | None, str], Cluster] = {}
 def in_workers(
     label: str,
     group: Group,
-    missing: list[Block],
+    missing: Blocks,
     runtime: RuntimeSettings,
     rebuild: Rebuild,
     token: str,

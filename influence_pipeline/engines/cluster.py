@@ -22,7 +22,7 @@ from influence_pipeline.cache import Group, claims
 from influence_pipeline.cache.claims import Claim
 from influence_pipeline.engines.worker import Answer, Order
 from influence_pipeline.errors import RequestError, WorkError
-from stages.stage import Block
+from stages.stage import Block, Blocks
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class Cluster(ABC):
         return len(found)
 
     def compute(
-        self, order: Order, group: Group, missing: list[Block], most: int | None, finished: Callable[[Block], None]
+        self, order: Order, group: Group, missing: Blocks, most: int | None, finished: Callable[[Block], None]
     ) -> list[tuple[int, ...]]:
         """Have blocks computed; each worker writes its own, and only whether it did so comes back.
 

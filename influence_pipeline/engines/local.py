@@ -21,7 +21,7 @@ from influence_pipeline.engines.worker import Order, block_in_worker, take_gpu
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.settings import RuntimeSettings
 from influence_pipeline.signals import deaf_to_interrupts, shielded
-from stages.stage import Block
+from stages.stage import Block, Blocks
 
 
 def threads_each(workers: int) -> int:
@@ -32,7 +32,7 @@ def threads_each(workers: int) -> int:
 def in_processes(
     label: str,
     group: Group,
-    missing: list[Block],
+    missing: Blocks,
     runtime: RuntimeSettings,
     order: Order,
     finished: Callable[[Block], None],
@@ -42,19 +42,19 @@ def in_processes(
     Raises:
         WorkError: a worker process died.
     """
-    blocks, done = {block.index: block for block in missing}, []
+    done: list[tuple[int, ...]] = []
     workers = runtime.workers or 1
     threads, count = threads_each(workers), min(workers, len(missing))
     parallel = _parallel(count, runtime, order)
     results: Any = None
     try:
-        jobs = (joblib.delayed(block_in_worker)(order, i, threads) for i in blocks)
+        jobs = (joblib.delayed(block_in_worker)(order, block.index, threads) for block in missing)
         with shielded(), deaf_to_interrupts():
             results = parallel(jobs)
         for index, computed in results:
             if computed:
                 done.append(index)
-                finished(blocks[index])
+                finished(missing.grid.block(index))
     except BrokenProcessPool as error:
         group.clear()
         raise WorkError(

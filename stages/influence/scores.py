@@ -5,7 +5,7 @@ Shapes: ``T`` test samples, ``N`` training samples, ``k`` ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from stages.stage import (
     silent,
 )
 
+MERGED_BYTES = 2**26
+"""Of candidates that are merged at once, about."""
+Pick = Callable[[Array, Array, int], tuple[Array, Array]]
 RANKINGS = ("helpful_ids", "helpful_scores", "harmful_ids", "harmful_scores")
 
 
@@ -121,19 +124,29 @@ class Scores(Stage):
             found["scores"] = scores
         return found
 
+    def _best(self, part_ids: ArrayLike, part_scores: ArrayLike, rows: slice, pick: Pick) -> tuple[Array, Array]:
+        """Return ids and scores of the best of the candidates of all training bands, some bands at a time."""
+        bands = self.grid.shape[1]
+        step = max(1, MERGED_BYTES // ((rows.stop - rows.start) * self.top_k * 12))
+        best: list[tuple[Array, Array]] = []
+        for start in range(0, bands, step):
+            part = slice(start, min(start + step, bands))
+            best += zip(np.asarray(part_ids[part, rows]), np.asarray(part_scores[part, rows]), strict=True)
+            ids, scores = (np.concatenate(columns, axis=1) for columns in zip(*best, strict=True))
+            best = [pick(scores, ids, self.top_k)]
+        return best[0]
+
     def finish(self, arrays: Mapping[str, ArrayLike], report: Report = silent) -> dict[str, Array]:
         """Merge candidates and sums over all blocks."""
         tests, count = len(self.test_ids), len(self.train_ids)
         found: dict[str, list[Array]] = {name: [] for name in RANKINGS}
-        parts = self.grid.shape[1]
-        step = max(1, 2**24 // (parts * self.top_k * 12))
+        (of_tests, _), parts = self.grid.axes, self.grid.shape[1]
+        step = max(1, MERGED_BYTES // (of_tests.band * self.top_k * 12)) * of_tests.band
         for start in range(0, tests, step):
             rows = slice(start, min(start + step, tests))
             for side, pick in (("helpful", top_k), ("harmful", bottom_k)):
-                ids = np.concatenate(list(np.asarray(arrays[f"part_{side}_ids"][:, rows])), axis=1)
-                scores = np.concatenate(list(np.asarray(arrays[f"part_{side}_scores"][:, rows])), axis=1)
-                best_ids, best = pick(scores, ids, self.top_k)
-                found[f"{side}_ids"].append(best_ids)
+                ids, best = self._best(arrays[f"part_{side}_ids"], arrays[f"part_{side}_scores"], rows, pick)
+                found[f"{side}_ids"].append(ids)
                 found[f"{side}_scores"].append(best)
             report(Progress(rows.stop, tests, "rankings"))
         total = np.zeros(count)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import influence_pipeline as ip
+from influence_pipeline import samples
 from influence_pipeline.samples import DataSet, check_dataset, digest
 from tests import tiny
 
@@ -360,3 +361,71 @@ def test_a_sample_that_raises_while_it_is_read_ahead_is_an_error_that_names_it()
     with pytest.raises(ip.WorkError, match="'train' raised at sample 7: ValueError: no such file"):
         list(data.batches(range(10), 2))
     assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+
+
+# ---- digests of very many samples ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a handful of samples be very many."""
+    monkeypatch.setattr(samples, "AT_ONCE", 3)
+    monkeypatch.setattr(samples, "AROUND", 4)
+
+
+class Watched:
+    """An array that says which rows were read."""
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.shape, self.read = array, array.shape, list[slice]()
+
+    def __getitem__(self, rows: slice) -> Any:
+        self.read.append(rows)
+        return self.array[rows]
+
+
+def test_digests_of_very_many_samples_are_read_when_they_are_asked_for(many: None) -> None:
+    right = DataSet(tiny.points(30, 1), "points").digests(range(30))
+    data, first, other = DataSet(tiny.points(30, 1), "points"), Watched(right[:20]), Watched(right)
+    data.sample(5)
+    data.expect(first, slice(0, 20))
+    data.expect(other, slice(10, 26))
+    data.expect(other, slice(26, 28))
+    assert first.read == []
+    assert other.read == [slice(26, 28)], "few are read at once"
+    assert data.expected.tolist() == list(range(28))
+    np.testing.assert_array_equal(data.digests(range(7, 9)), right[7:9])
+    assert first.read == [slice(4, 8), slice(8, 12)]
+    np.testing.assert_array_equal(data.digests([21, 3]), right[[21, 3]])
+    np.testing.assert_array_equal(data.digests(range(30)), right)
+    read = len(first.read), len(other.read)
+    np.testing.assert_array_equal(data.digests(range(30)), right)
+    assert (len(first.read), len(other.read)) == read, "each is read once"
+    assert data.fingerprint(30) == DataSet(tiny.points(30, 1), "points").fingerprint(30)
+
+
+def test_changed_samples_are_seen_among_very_many(many: None) -> None:
+    right = DataSet(tiny.points(30, 1), "points").digests(range(30))
+    wrong = right.copy()
+    wrong[17] ^= 1
+    data = DataSet(tiny.points(30, 1), "points")
+    data.expect(Watched(wrong), slice(0, 30))
+    assert list(data.changed(list(range(30)))) == [17]
+    data.sample(16)
+    with pytest.raises(ip.CacheMismatch, match="sample 17 is not what it was"):
+        data.sample(17)
+    data.forget()
+    assert not data.expected.size
+    data.expect(Watched(right), slice(0, 30))
+    assert data.changed(list(range(30))) == {}
+    data.sample(17)
+
+
+def test_some_of_those_that_are_expected_are_chosen_without_a_list(many: None) -> None:
+    data, digests = DataSet(tiny.points(30, 1), "points"), np.zeros((30, 16), np.uint8)
+    for part in (slice(0, 2), slice(11, 19), slice(29, 30), slice(40, 50)):
+        data.expect(digests, part)
+    expected = data.expected.tolist()
+    assert data.expected_among(lambda count: list(range(count))) == expected
+    assert data.expected_among(lambda count: [count - 1, 0]) == [29, 0]
+    assert DataSet(tiny.points(3, 1), "points").expected_among(lambda count: list(range(count))) == []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from stages.influence import Influence, _transposed, columns_at_once
+from stages.influence import Influence, _transposed, columns_at_once, scores
 from stages.influence.ranking import NO_ID, bottom_k, top_k
 from stages.stage import ArraySpec, StageError
 from tests import oracles
@@ -105,6 +105,16 @@ def test_scores_are_products_over_n_in_any_layout(layout: dict[str, Any]) -> Non
 def test_neither_blocks_nor_tiles_nor_their_order_change_a_ranking(layout: dict[str, Any]) -> None:
     vectors, gradients = whole_numbers(7, 40, 23, 1)
     one, cut = run(stage_for(vectors, gradients)), run(stage_for(vectors, gradients, **layout))
+    for spec in stage_for(vectors, gradients).merged:
+        np.testing.assert_array_equal(cut[spec.name], one[spec.name], err_msg=spec.name)
+
+
+@pytest.mark.parametrize("merged_bytes", [1, 12 * 5 * 7 * 2, 2**20])
+def test_candidates_may_be_merged_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, merged_bytes: int) -> None:
+    vectors, gradients = whole_numbers(7, 40, 23, 1)
+    one = run(stage_for(vectors, gradients))
+    monkeypatch.setattr(scores, "MERGED_BYTES", merged_bytes)
+    cut = run(stage_for(vectors, gradients, bands=(3, 6)))
     for spec in stage_for(vectors, gradients).merged:
         np.testing.assert_array_equal(cut[spec.name], one[spec.name], err_msg=spec.name)
 
