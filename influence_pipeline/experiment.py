@@ -367,7 +367,8 @@ def forget_files() -> None:
             place = Path(getattr(sys.modules[name], "__file__", None) or "/")
             if place.is_relative_to(folder) and "site-packages" not in place.parts:
                 del sys.modules[name]
-        sys.path.remove(folder)
+        if folder in sys.path:
+            sys.path.remove(folder)
     _files.clear()
     importlib.invalidate_caches()
 
@@ -392,7 +393,7 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
-        _files[str(path.parent)] = set(sys.modules) - {name}
+    _files.setdefault(str(path.parent), set(sys.modules) - {name})
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from influence_pipeline.cache import Group, claims
 from influence_pipeline.engines import cluster, worker
 from influence_pipeline.engines.cluster import Cluster, Lost
 from influence_pipeline.engines.worker import Answer, Order
+from influence_pipeline.experiment import forget_files, load
 from stages.stage import Block
 from tests import tiny
 
@@ -179,3 +181,19 @@ def test_an_experiment_that_is_no_file_is_refused(cache: Path) -> None:
 def test_a_cluster_has_an_address_and_nothing_else_has(runtime: dict[str, str], message: str) -> None:
     with pytest.raises(ip.RequestError, match=message):
         tiny.settings(runtime=runtime)
+
+
+def test_what_a_file_imports_of_its_folder_is_loaded_anew_for_the_next_run(tmp_path: Path) -> None:
+    neighbour, file = tmp_path / "neighbour_of_a_cluster.py", tmp_path / "experiment.py"
+    neighbour.write_text('name = "one"\n')
+    file.write_text(
+        "import neighbour_of_a_cluster\nfrom tests import tiny\n\n\ndef experiment():\n"
+        "    return tiny.experiment(train_name=neighbour_of_a_cluster.name)\n"
+    )
+    assert load(f"{file}:experiment").train_name == "one"
+    neighbour.write_text('name = "three"\n')
+    assert load(f"{file}:experiment").train_name == "one"
+    forget_files()
+    assert load(f"{file}:experiment").train_name == "three"
+    forget_files()
+    assert str(tmp_path) not in sys.path
