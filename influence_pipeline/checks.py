@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from influence_pipeline import runner
 from influence_pipeline.cache import FOLDERS, Group, records
 from influence_pipeline.cache.record import digest
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError
+from influence_pipeline.location import Location
 from influence_pipeline.samples import DataSet, shown_ids
 from influence_pipeline.work import DIGESTS
 from influence_pipeline.works import Committed, Works
@@ -115,7 +115,7 @@ def verify(
     return found
 
 
-def _damaged_description(path: Path) -> str | None:
+def _damaged_description(path: Location) -> str | None:
     try:
         Group(path).layout  # noqa: B018 - reads all descriptions
     except CacheDamaged as error:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import influence_pipeline as ip
+from influence_pipeline.location import Location
 
 if TYPE_CHECKING:
     from influence_pipeline.runner import Outcome
@@ -347,7 +348,7 @@ def gc(settings: SettingsFile, yes: Yes = False) -> None:
     _remove(pipeline.cache, paths, yes)
 
 
-def _remove(cache: Any, paths: Sequence[Path], yes: bool) -> None:
+def _remove(cache: Any, paths: Sequence[Location], yes: bool) -> None:
     """Remove folders of the cache, after asking.
 
     Raises:
@@ -446,7 +447,7 @@ def _opened(settings: Path, tests: str | None, key: str | None) -> ip.Influences
     return ip.Influences.open(folder, tests, key)
 
 
-def _cache(path: Path) -> Path:
+def _cache(path: Path) -> Location:
     settings = ip.Settings.from_toml(path)
     if settings.cache is None:
         raise ip.RequestError(f"{path}: cache is missing")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from influence_pipeline.location import Location
 
 
 class InfluenceError(Exception):
@@ -25,7 +25,7 @@ class CacheDamaged(WorkError):
         path: the folder of the group whose block is computed anew by the next run; None where that is not enough.
     """
 
-    def __init__(self, message: str, path: Path | None = None) -> None:
+    def __init__(self, message: str, path: Location | None = None) -> None:
         """Say what is damaged, and in which group."""
         super().__init__(message)
         self.path = path

@@ -16,6 +16,7 @@ from influence_pipeline.by_parameter import columns_by_parameter, grouped, produ
 from influence_pipeline.cache import Cache, Group, group_name, told_apart
 from influence_pipeline.cache.record import digest
 from influence_pipeline.errors import CacheDamaged, MissingStage, RequestError
+from influence_pipeline.location import Location
 from influence_pipeline.relative import KINDS, Relative, Scaled, inverse, ranked, read_rows, row_norms
 from influence_pipeline.report import check_installed
 from stages.influence.ranking import bottom_k, top_k
@@ -74,7 +75,7 @@ class Influences:
         self._prepared = cache.find("curvature", prepared) if prepared else None
 
     @classmethod
-    def open(cls, cache: Path | str, tests: str, key: str | None = None) -> Influences:
+    def open(cls, cache: Location | str, tests: str, key: str | None = None) -> Influences:
         """Open results by the name of their test set; by key, too, where several are cached.
 
         Where scores of several models were combined, these are opened, and those of one of the models by key alone.
@@ -104,13 +105,15 @@ class Influences:
             if damage := group.damage_of_merged():
                 raise CacheDamaged(f"{damage}: {again}", group.path)
             raise MissingStage(f"the results for {tests!r} in {folder.path} are not complete: run the pipeline again")
-        lost = next((block.index for block in group.layout.grid if group.whole(block) is None), None)
+        grid = group.layout.grid
+        records = zip(grid, group.readable(grid), strict=True)
+        lost = next((b.index for b, record in records if record is None or record.rows != b.rows), None)
         if lost:
             raise CacheDamaged(f"block {lost} of {group.path} has lost files: {again}", group.path)
         return cls(folder, group)
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """The folder in the cache that these results are in."""
         return self._group.path
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from influence_pipeline.cache import FOLDERS, GROUND_TRUTH, Cache, Group
 from influence_pipeline.cache.store import files_at
 from influence_pipeline.errors import CacheDamaged, RequestError
 from influence_pipeline.influences import described
+from influence_pipeline.location import Location
 from influence_pipeline.place import read_paths
 from influence_pipeline.plan import show_bytes
 
@@ -50,7 +50,7 @@ def _described(group: Group) -> list[str]:
     return [*lines, *(f"{'':<11}{text}" for text in details)]
 
 
-def named(cache: Cache, key: str) -> Path:
+def named(cache: Cache, key: str) -> Location:
     """Return the folder of the arrays of this name, or key, or start of a key.
 
     Raises:
@@ -67,7 +67,7 @@ def named(cache: Cache, key: str) -> Path:
     return found[0]
 
 
-def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
+def garbage(cache: Cache, wanted: Iterable[Location]) -> list[Location]:
     """Return the folders of arrays that nothing refers to: no complete result, and not what is wanted now.
 
     Self-influence stays as long as the gradients that it is of. Retrained models, and what they measure, stay: they
@@ -92,7 +92,7 @@ def garbage(cache: Cache, wanted: Iterable[Path]) -> list[Path]:
     return [path for stage in folders for path in cache.paths(stage) if path not in keep and _may_go(path)]
 
 
-def _may_go(path: Path) -> bool:
+def _may_go(path: Location) -> bool:
     """Say whether a folder has arrays of ours, at which nobody is at work."""
     try:
         return Group(path).at_work() is None
@@ -100,7 +100,7 @@ def _may_go(path: Path) -> bool:
         return False
 
 
-def refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Location) -> None:
     """Refuse to remove a folder that is none of ours, or that is in use.
 
     Raises:

@@ -27,6 +27,7 @@ from influence_pipeline.evaluate.left_out import listed
 from influence_pipeline.evaluate.truth import Measured, Truth
 from influence_pipeline.experiment import Experiment, absolute, forget_files, load, weights_hash
 from influence_pipeline.influences import Influences
+from influence_pipeline.location import Location, ObjectPath
 from influence_pipeline.logs import logging_to
 from influence_pipeline.place import Place, read_paths
 from influence_pipeline.plan import LARGE_BYTES, Plan, StagePlan, Suggestion, Timing, show_bytes
@@ -54,7 +55,7 @@ class Pipeline:
     def __init__(
         self,
         experiment: Source,
-        cache: Path | str | None = None,
+        cache: Location | str | None = None,
         settings: Settings | None = None,
         *,
         keep_curvature: bool = False,
@@ -89,6 +90,9 @@ class Pipeline:
                 '"/path/file.py:function"'
             )
         self.cache = Cache(folder)
+        one_process = isinstance(self.cache.path, ObjectPath) and self.cache.path.of_one_process
+        if one_process and (self.settings.runtime.processes > 1 or self.settings.runtime.on_cluster):
+            raise RequestError(f"cache {folder} is of this process alone: set runtime.workers = 1, or name another")
         self._source, self._keep_curvature = experiment, keep_curvature
         self._shard = None if shard is None else Shard.parse(shard)
         self._token = uuid.uuid4().hex
@@ -600,7 +604,7 @@ class Pipeline:
             timing = runner.measure(work, group, self.settings.runtime, lambda missing: missing).timing
             return None if timing is None else replace(timing, stand_in=stand_in, shares=room.shares(group))
 
-    def garbage(self) -> list[Path]:
+    def garbage(self) -> list[Location]:
         """Return the folders of what is cached and belongs to no complete result, nor to this experiment as it is."""
         return inventory.garbage(self.cache, [self.cache.path / place.stage / place.name for place in self._known()])
 
@@ -817,7 +821,7 @@ class Pipeline:
             self._refuse_gone(place, damage)
             raise
 
-    def _again(self, path: Path, models: Place | None = None) -> None:
+    def _again(self, path: Location, models: Place | None = None) -> None:
         """Compute what was discarded of another stage's arrays, or of retrained models."""
         works = self._works
         solved = (works.s_test_place(name) for name in self.tests)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from influence_pipeline.location import Location
 
 if TYPE_CHECKING:
     from influence_pipeline.combined import Part
@@ -42,6 +43,6 @@ class Place:
         return {"stage": self.stage, "tests": self.tests, "reads": self.reads, "identity": self.identity}
 
 
-def read_paths(cache: Path, reads: Mapping[str, str]) -> Iterable[Path]:
+def read_paths(cache: Location, reads: Mapping[str, str]) -> Iterable[Location]:
     """Return the folders of the groups that something is made of, as its attributes name them."""
     return [cache / stage.partition(" ")[0] / name for stage, name in reads.items()]

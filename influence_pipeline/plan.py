@@ -42,6 +42,10 @@ SEGMENT = 4096
 TILE_ENTRIES = 2**21
 TILE_ROWS = 256
 TILE_COLUMNS = 8192
+ENDLESS = 2**80
+"""Bytes that are free where there is no end of them."""
+AHEAD_BYTES = 2**27
+"""Of gradients and solutions that are under way at once from an object store, where the memory allows that."""
 
 
 def block_rows(dim: int, most: int | None = None) -> int:
@@ -85,6 +89,7 @@ class Reads:
         tile_columns: columns of the gradients at once.
         passes: times that the gradients are read, over all test samples.
         memory_bytes: what a block holds at once.
+        ahead_bytes: what of that is fetched before it is used.
     """
 
     rows: int
@@ -92,6 +97,7 @@ class Reads:
     tile_columns: int
     passes: int
     memory_bytes: int
+    ahead_bytes: int
 
 
 def reads(
@@ -105,6 +111,7 @@ def reads(
     computed: bool,
     encoding: str,
     threads: int,
+    far: bool = False,
 ) -> Reads:
     """Choose the tiles that a block of scores is computed in, and how many columns of the solutions are held.
 
@@ -118,6 +125,7 @@ def reads(
         computed: gradients are computed as they are read, a whole block at a time; otherwise tile by tile.
         encoding: how gradients are kept.
         threads: that read.
+        far: each read takes long, so that some are under way before they are used.
 
     Raises:
         RequestError: not even one column fits; the message has the bytes needed.
@@ -127,7 +135,8 @@ def reads(
     tile = dim if computed else tile_shape((min(rows, samples), dim))[1]
     # Scores, their transpose and what ranking them takes; and a tile for each thread: compressed, as kept, decoded.
     kept = np.dtype(encoding).itemsize
-    fixed = 3 * 4 * test_rows * band
+    ahead_bytes = min(AHEAD_BYTES, memory_bytes // 8) if far else 0
+    fixed = ahead_bytes + 3 * 4 * test_rows * band
     fixed += 3 * 4 * read_rows * dim if computed else threads * (kept + kept + 4) * read_rows * tile
     per_column = 4 * test_rows
     fixed += 2 * per_column * min(dim, columns_at_once(test_rows))  # of the solutions, while they are transposed
@@ -141,7 +150,7 @@ def reads(
     if tile < columns < dim:
         columns -= columns % tile  # so that no tile is decoded twice
     passes = math.ceil(tests / bands[0])
-    return Reads(read_rows, columns, min(tile, columns), passes, fixed + per_column * columns)
+    return Reads(read_rows, columns, min(tile, columns), passes, fixed + per_column * columns, ahead_bytes)
 
 
 def rows_memory(dim: int, rows: int, *, computed: bool, encoding: str) -> tuple[int, int]:
@@ -434,10 +443,8 @@ class Plan:
             how = "" if all(plan.measured for plan in missing) else "at most "
             files = sum(max(0, plan.files_expected - plan.files) for plan in missing)
             risk = "" if self.fits else ": may not fit; a run measures a block, and refuses what does not"
-            lines.append(
-                f"to be written: {how}{show_bytes(self.bytes_needed)} in {files} files, "
-                f"free on that disk: {show_bytes(self.free)}{risk}"
-            )
+            free = "" if self.free >= ENDLESS else f", free on that disk: {show_bytes(self.free)}{risk}"
+            lines.append(f"to be written: {how}{show_bytes(self.bytes_needed)} in {files} files{free}")
             if self.suggestions:
                 lines.append("would take less:" if self.fits else "would fit:")
                 lines += [f"  {suggestion}" for suggestion in self.suggestions]

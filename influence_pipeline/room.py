@@ -7,14 +7,14 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 
 from influence_pipeline.cache import DESCRIPTION, Group, Layout, array_bytes
 from influence_pipeline.context import Context
 from influence_pipeline.errors import RequestError
+from influence_pipeline.location import Location, ObjectPath
 from influence_pipeline.place import Place
-from influence_pipeline.plan import Suggestion, block_rows, show_bytes, suggestions
+from influence_pipeline.plan import ENDLESS, Suggestion, block_rows, show_bytes, suggestions
 from influence_pipeline.work import Work
 from stages.stage import Blocks, Grid
 
@@ -22,8 +22,10 @@ SPARE = 16 * 2**20
 """Bytes that are left free."""
 
 
-def free_bytes(path: Path) -> int:
-    """Return the free bytes of the disk that a folder is on, or will be."""
+def free_bytes(path: Location) -> int:
+    """Return the free bytes of the disk that a folder is on, or will be; an object store has no end."""
+    if isinstance(path, ObjectPath):
+        return ENDLESS
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free

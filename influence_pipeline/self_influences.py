@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from influence_pipeline.cache import Cache, Group
 from influence_pipeline.errors import MissingStage
 from influence_pipeline.influences import check_k, refuse_several
+from influence_pipeline.location import Location
 from stages.influence.ranking import top_k
 from stages.stage import Array
 
@@ -35,10 +35,10 @@ class SelfInfluence:
     residual: Array
     damping: float
     labels: Array | None
-    path: Path
+    path: Location
 
     @classmethod
-    def open(cls, cache: Path | str, key: str | None = None) -> SelfInfluence:
+    def open(cls, cache: Location | str, key: str | None = None) -> SelfInfluence:
         """Open the result in a cache; by its key where several are cached.
 
         Raises:

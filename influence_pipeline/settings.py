@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from influence_pipeline.errors import RequestError
+from influence_pipeline.location import ObjectPath, located, without_secrets
 from stages.numbers import Count, Fraction, Whole, no_switch
 from stages.projection import Projection
 from stages.s_test import solvers
@@ -98,6 +99,13 @@ def _of_processes(backend: str) -> str:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), BeforeValidator(no_switch), Field(gt=0, le=MOST_BYTES)]
 AnyPath = Annotated[Path, BeforeValidator(check_path)]
+
+
+def _located(given: Any) -> Any:
+    return located(given) if isinstance(given, (str, Path)) else given
+
+
+AnyLocation = Annotated[Path | ObjectPath, BeforeValidator(_located)]
 
 
 class _Section(BaseModel):
@@ -228,7 +236,7 @@ class Settings(_Section):
 
     Attributes:
         experiment: "file.py:function"; a file is looked for beside the settings file.
-        cache: the folder of the cache, beside the settings file where it is relative.
+        cache: the folder of the cache, beside the settings file where it is relative; or a URL.
         tests: further test sets by name.
         grad_z: see :class:`GradZSettings`.
         s_test: the solver's settings, chosen by ``solver``.
@@ -238,7 +246,7 @@ class Settings(_Section):
     """
 
     experiment: str | None = None
-    cache: AnyPath | None = None
+    cache: AnyLocation | None = None
     tests: dict[str, TestSelection] = {}
     grad_z: GradZSettings = GradZSettings()
     s_test: AnySolver = Cg()
@@ -299,7 +307,7 @@ class Settings(_Section):
     def relative_to(self, folder: Path) -> Settings:
         """Return these settings with relative paths made relative to a folder."""
         changed: dict[str, Any] = {}
-        if self.cache is not None:
+        if isinstance(self.cache, Path):
             changed["cache"] = Path(os.path.normpath(folder / self.cache))
         if self.experiment is not None and self.experiment.partition(":")[0].endswith(".py"):
             changed["experiment"] = os.path.normpath(folder / self.experiment)
@@ -380,7 +388,7 @@ def _key(part: str | int) -> str:
 def _show(value: Any) -> str:
     """Show what was given, in a part of a line."""
     try:
-        text = repr(value)
+        text = without_secrets(repr(value))
     except (ValueError, RecursionError):  # a number of thousands of digits, or endless nesting
         return f"a {type(value).__name__} too large to be shown"
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -19,6 +19,7 @@ from influence_pipeline.context import SENTINELS, Context, check_fixed, sentinel
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, MissingStage, RequestError, WorkError
 from influence_pipeline.evaluate.truth import measured_work, retrained_work
 from influence_pipeline.influences import covering, read_by_scores
+from influence_pipeline.location import ObjectPath
 from influence_pipeline.place import Place
 from influence_pipeline.plan import show_bytes
 from influence_pipeline.samples import DataSet, changed_samples
@@ -622,6 +623,7 @@ class Works:
             computed=computed,
             encoding=self.settings.grad_z.encoding,
             threads=torch.get_num_threads(),
+            far=isinstance(self.cache.path, ObjectPath),
         )
         train_ids, test_ids = context.experiment.train_ids(), context.experiment.test_ids(tests)
         stage = Influence(
@@ -637,6 +639,7 @@ class Works:
             curvature_samples=over,
             top_k=top_k,
             store_scores=settings.store_scores,
+            ahead_bytes=reads.ahead_bytes,
         )
         solving = self._s_test(tests)
 

@@ -12,6 +12,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, overload, runtime_checkable
 
@@ -111,6 +112,32 @@ class FactoredRows(ArrayLike, Protocol):
 
     def read_into(self, index: tuple[slice, slice], out: Array) -> None:
         """Read a rectangular part, but for the factors of its rows where these have some."""
+
+
+@runtime_checkable
+class FetchedRows(ArrayLike, Protocol):
+    """A matrix of which parts may be fetched before they are asked for."""
+
+    def ahead(
+        self, items: Sequence[Sequence[tuple[slice, slice]]], at_once: int, most_bytes: int
+    ) -> AbstractContextManager[ArrayLike]:
+        """Have parts fetched while others are used.
+
+        Args:
+            items: the parts that a thread will ask for in turn, for each piece of its work.
+            at_once: threads, each of which takes the next item.
+            most_bytes: that are fetched and not yet asked for.
+
+        Returns:
+            What gives a matrix of the same kind, from which they are read.
+        """
+
+
+def ahead(
+    rows: ArrayLike, items: Sequence[Sequence[tuple[slice, slice]]], at_once: int, most_bytes: int
+) -> AbstractContextManager[ArrayLike]:
+    """Have parts fetched before they are asked for, see :class:`FetchedRows`, of a matrix where that helps."""
+    return rows.ahead(items, at_once, most_bytes) if isinstance(rows, FetchedRows) else nullcontext(rows)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,28 @@ from joblib.externals.loky import get_reusable_executor, reusable_executor
 
 import influence_pipeline as ip
 from influence_pipeline import plan
+from tests import s3 as s3_of_tests
 from tests import tiny
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=50)
 hypothesis.settings.load_profile("fixed")
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[s3_of_tests.Server]:
+    with s3_of_tests.served() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: s3_of_tests.Server, monkeypatch: pytest.MonkeyPatch) -> s3_of_tests.Server:
+    """Return a server of objects with which all is well, and have the environment name it."""
+    s3_server.reset()
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
 
 
 @pytest.fixture

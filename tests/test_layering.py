@@ -15,6 +15,7 @@ PACKAGES = ("influence_pipeline", "stages")
 HOMES = {
     "zarr": "influence_pipeline/cache/",
     "numcodecs": "influence_pipeline/cache/",
+    "obstore": "influence_pipeline/cache/objects.py",
     "joblib": "influence_pipeline/engines/local.py",
     "loky": "influence_pipeline/engines/local.py",
     "distributed": "influence_pipeline/engines/on_dask.py",

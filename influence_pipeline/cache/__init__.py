@@ -31,8 +31,10 @@ from influence_pipeline.cache import claims
 from influence_pipeline.cache.group import Group
 from influence_pipeline.cache.identity import Identity, differences, key_of, nearest, told_apart
 from influence_pipeline.cache.layout import DESCRIPTION, GROUP, Layout, array_bytes, sealed, write_description
-from influence_pipeline.cache.store import Location, files_at
+from influence_pipeline.cache.objects import refuse_unreachable
+from influence_pipeline.cache.store import files_at
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError, WorkError
+from influence_pipeline.location import Location, ObjectPath, located, without_secrets
 
 FORMAT = 4
 STAGES = ("grad_z", "curvature", "s_test", "influence")
@@ -66,36 +68,33 @@ __all__ = [
 class Cache:
     """A cache's root folder."""
 
-    def __init__(self, path: Path | str) -> None:
-        """Name a cache; nothing is read or written.
+    def __init__(self, path: Location | str) -> None:
+        """Name a cache; nothing is written.
 
         Raises:
             CacheDamaged: the folder's description cannot be read.
             CacheMismatch: the folder is a cache of another format.
-            RequestError: the folder holds something else.
+            RequestError: the folder holds something else, or cannot be used.
         """
-        if not isinstance(path, (str, Path)) or "\0" in str(path):
-            raise RequestError(f"cache {path!r} is no path: name a folder")
-        self.path = Path(path)
-        self._files = files_at(self.path)
         try:
-            self.path.exists()
-        except OSError as error:
-            raise RequestError(f"cache {self.path} cannot be used: {error}") from error
-        if self.path.is_symlink() and not self.path.exists():
-            raise RequestError(f"cache {self.path} is a symbolic link to nothing ({os.readlink(self.path)})")
-        if self.path.exists() and not self.path.is_dir():
-            raise RequestError(f"cache {self.path} is a file: name a folder")
+            self.path = located(path)
+        except ValueError as error:
+            raise RequestError(f"cache {without_secrets(repr(path))} is no path: {error}") from None
+        self._files = files_at(self.path)
+        if isinstance(self.path, ObjectPath):
+            refuse_unreachable(self.path)
+        else:
+            _refuse_no_folder(self.path)
         if self.exists:
-            attributes = _described(self.path / DESCRIPTION)
+            attributes = _described(self.path)
             if attributes.get("influence_pipeline") != FORMAT:
                 raise CacheMismatch(
                     f"cache {self.path} has format {attributes.get('influence_pipeline', 'of something else')}, "
                     f"this is format {FORMAT}: name another folder"
                 )
-        elif self.path.exists() and any(
-            path.name not in (*FOLDERS, ALONE, DESCRIPTION) and path.suffix != ".partial"
-            for path in self.path.iterdir()
+        elif any(
+            name not in (*FOLDERS, ALONE, DESCRIPTION) and not name.endswith(".partial")
+            for name in self._files.names("")
         ):
             raise RequestError(f"cache {self.path} is a folder with other things in it: name a new one")
 
@@ -167,7 +166,12 @@ class Cache:
         if stage not in FOLDERS or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise RequestError(f"{stage}/{name} is no name of arrays in a cache")
         path = self.path / stage / name
-        return Group(path) if files_at(path).there else None
+        try:
+            return Group(path)
+        except CacheDamaged:
+            if files_at(path).there:
+                raise
+        return None
 
     def create(self, stage: str, name: str, layout: Layout, attributes: Mapping[str, Any]) -> Group:
         """Return a group by its name: laid out anew where there is none, mended where its descriptions are damaged.
@@ -248,14 +252,31 @@ class Cache:
             self._files.clear(name)
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _refuse_no_folder(path: Path) -> None:
+    """Refuse a path at which there can be no folder.
+
+    Raises:
+        RequestError: there is something else.
+    """
+    try:
+        path.exists()
+    except OSError as error:
+        raise RequestError(f"cache {path} cannot be used: {error}") from error
+    if path.is_symlink() and not path.exists():
+        raise RequestError(f"cache {path} is a symbolic link to nothing ({os.readlink(path)})")
+    if path.exists() and not path.is_dir():
+        raise RequestError(f"cache {path} is a file: name a folder")
+
+
+def _described(root: Location) -> dict[str, Any]:
     """Return the attributes of a root.
 
     Raises:
         CacheDamaged: its description cannot be read, or is not as it was written.
     """
+    path = root / DESCRIPTION
     try:
-        attributes = dict(json.loads(path.read_bytes())["attributes"])
+        attributes = dict(json.loads(files_at(root).read(DESCRIPTION))["attributes"])
         foreign = "influence_pipeline" not in attributes and "checksum" not in attributes
         if not foreign and attributes.keys() != {"influence_pipeline"}:  # the format before had no checksum
             sealed(path)

@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from influence_pipeline.cache.store import Location, files_at
+from influence_pipeline.cache.store import files_at
+from influence_pipeline.errors import WorkError
+from influence_pipeline.location import Location
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class Claim:
 
     def __exit__(self, *exception: object) -> None:
         """Give it up, also where the disk is gone."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, WorkError):
             self.release()
 
 
@@ -134,11 +136,14 @@ def _make(path: Location, token: str) -> Claim | None:
     Raises:
         OSError: the folder cannot be written.
     """
-    claim = Claim(path, token)
-    if not files_at(path.parent).create(path.name, _content(claim.token)):
-        return None
-    _heart.keep(claim)
-    return claim
+    claim, made = Claim(path, token), False
+    _heart.keep(claim)  # before others of this process see it
+    try:
+        made = files_at(path.parent).create(path.name, _content(claim.token))
+    finally:
+        if not made:
+            _heart.forget(claim)
+    return claim if made else None
 
 
 def _content(token: str) -> bytes:
@@ -182,8 +187,13 @@ def _bury_if_dead(path: Location) -> bool:
 
 
 def _known_dead(content: dict[str, Any]) -> bool:
-    """Say whether the owner was a process of this machine that is no more."""
-    return content.get("machine") == _machine() and _started(content.get("process", 0)) != content.get("started")
+    """Say whether the owner was a process of this machine that is no more, or this one, which could not release it."""
+    if content.get("machine") != _machine():
+        return False
+    process = content.get("process", 0)
+    if process == os.getpid() and not _heart.has(content.get("token")):
+        return True
+    return _started(process) != content.get("started")
 
 
 @functools.cache
@@ -235,6 +245,11 @@ class _Heart:
                 self._thread = threading.Thread(target=self._beat, name="claims", daemon=True)
                 self._thread.start()
 
+    def has(self, token: Any) -> bool:
+        """Say whether a claim is this process's."""
+        with self._lock:
+            return any(claim.token == token for claim in self._claims)
+
     def forget(self, claim: Claim) -> None:
         """Touch a claim no more."""
         with self._lock:
@@ -246,7 +261,7 @@ class _Heart:
             with self._lock:
                 claims = list(self._claims)
             for claim in claims:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, WorkError):
                     claim.touch()
 
 

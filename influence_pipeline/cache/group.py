@@ -19,6 +19,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import zarr
+import zarr.storage
 
 from influence_pipeline import plan
 from influence_pipeline.cache import claims, records
@@ -38,13 +39,15 @@ from influence_pipeline.cache.layout import (
     sealed,
     write_description,
 )
+from influence_pipeline.cache.objects import opened
 from influence_pipeline.cache.record import NOTHING, FileSum, Record, digest
 from influence_pipeline.cache.records import Records
-from influence_pipeline.cache.store import Found, Location, files_at
+from influence_pipeline.cache.store import Found, files_at
 from influence_pipeline.cache.stored import DecodedRows, StoredArray
 from influence_pipeline.cache.tiles import CHECKSUM_BYTES, Region
 from influence_pipeline.cache.writing import ArrayWriting, BlockWriting
 from influence_pipeline.errors import CacheDamaged, WorkError
+from influence_pipeline.location import Location, ObjectPath
 from stages.stage import Array, ArrayLike, ArraySpec, Block, Blocks
 from stages.threads import one_core_threads
 
@@ -94,7 +97,9 @@ class Group:
             CacheDamaged: one of them cannot be read, or is none of ours.
         """
         if self._layout is None:
-            found = {name: sealed(self.path / name / DESCRIPTION) for name in self.attributes["arrays"]}
+            names = self.attributes["arrays"]
+            known = self._files.read_all([f"{name}/{DESCRIPTION}" for name in names])
+            found = {name: sealed(self.path / name / DESCRIPTION, raw) for name, raw in zip(names, known, strict=True)}
             try:
                 self._layout = described_layout(self.attributes["bands"], found)
             except (KeyError, TypeError, ValueError) as error:
@@ -130,7 +135,12 @@ class Group:
         """
         self.kept(name)
         try:
-            return zarr.open_array(self.path / name, mode="r+").with_config({"write_empty_chunks": True})
+            if isinstance(self.path, ObjectPath):
+                store = zarr.storage.ObjectStore(opened(self.path.root))
+                found = zarr.open_array(store, path=f"{self.path.key}/{name}", mode="r+")
+            else:
+                found = zarr.open_array(self.path / name, mode="r+")
+            return found.with_config({"write_empty_chunks": True})
         except Exception as error:
             raise CacheDamaged(f"{self.path}/{name}/{DESCRIPTION} cannot be read ({error}); a run mends it") from error
 
@@ -170,6 +180,13 @@ class Group:
         """Return the record of a block, None where it has none."""
         return self._record(block)
 
+    def each(self, blocks: Iterable[Block]) -> Iterator[Record | None]:
+        """Yield the records of blocks, None for each that has none."""
+        if not self._files.far:
+            return map(self.record, blocks)
+        names = [_record_name(block) for block in blocks]
+        return (None if raw is None else Record.from_chunk(raw) for raw in self._files.read_all(names))
+
     def _record(self, block: Block | None) -> Record | None:
         """Read a record's chunk as it is on disk, many times faster than through zarr."""
         try:
@@ -182,6 +199,20 @@ class Group:
         record = self.record(block)
         return record if record is not None and record.rows == block.rows and self.has(block, record) else None
 
+    def readable(self, blocks: Iterable[Block]) -> Iterator[Record | None]:
+        """Yield the records of blocks whose files have their lengths, of whatever extent; None for each other."""
+        if not self._files.far:
+            for block in blocks:
+                record = self.record(block)
+                yield record if record is not None and self.has(block, record) else None
+            return
+        blocks = list(blocks)
+        names = [self.layout.block_files(block) for block in blocks]
+        lengths = iter(self._files.lengths([name for each in names for name in each]))
+        for record, each in zip(self.each(blocks), names, strict=True):
+            found = list(itertools.islice(lengths, len(each)))
+            yield record if record is not None and found == [file.length for file in record.files] else None
+
     def rows_there(self, block: Block) -> int:
         """Return how many entries of a block can be read: fewer than it covers where the axis got longer since."""
         record = self.record(block)
@@ -189,7 +220,7 @@ class Group:
 
     def has(self, block: Block, record: Record) -> bool:
         """Say whether the files of a block have the lengths that its record says."""
-        lengths = [self._files.length(name) for name in self.layout.block_files(block)]
+        lengths = self._files.lengths(self.layout.block_files(block))
         return lengths == [file.length for file in record.files]
 
     def merged(self) -> Record | None:
@@ -212,7 +243,7 @@ class Group:
             blocks: which.
             record: gives the record of a block, None where it does not count as there; by default whatever is kept.
         """
-        found = map(record or self.record, blocks)
+        found = self.each(blocks) if record is None else map(record, blocks)
         return digest(there.content if there else b"missing" for there in found)
 
     def size(self) -> tuple[int, int, float]:
@@ -385,9 +416,12 @@ class Group:
             for array in arrays:
                 known |= array.appear()
             files = [known.get(self.path / name) or self._sum(name) for name in names]
-            if self._taken_over(block, claim):
-                return False
-            self._write_record(block, Record.new(block.rows, samples, inputs, files))
+            record = Record.new(block.rows, samples, inputs, files)
+            while (taken := self._taken_over(block, claim)) or not self._write_record(block, record, once=True):
+                if taken or self._taken_over(block, claim):
+                    self._withdraw(block)
+                    return False
+                self.discard(block)
             segment, place = divmod(self.layout.grid.number(block), plan.SEGMENT)
             if segment and place == plan.SEGMENT // 2:  # whoever computes blocks is done with those before by now
                 self._summarise(segment - 1)
@@ -411,6 +445,19 @@ class Group:
             return False
         log.warning("%s: block %s was taken over by another process", self.path, block.index)
         return True
+
+    def _withdraw(self, block: Block) -> None:
+        """Have a block be whole or not there that another process has, where files were written to it here meanwhile.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        if not self._files.far:
+            return
+        if self.record(block) is None:  # what the other has written by now does not count as whole then
+            self._files.remove(*self.layout.block_files(block))
+        for damaged, _ in self.damage([block]):
+            self.discard(damaged)
 
     def adopt(self, block: Block | None, name: str, values: Array, samples: bytes) -> None:
         """Have what was computed stand for other samples; later stages see no change.
@@ -478,8 +525,16 @@ class Group:
         record = Record(len(self.layout.grid), self._lengths(), inputs, self._merged_content(inputs), ())
         self._write_record(None, record)
 
-    def _write_record(self, block: Block | None, record: Record) -> None:
+    def _write_record(self, block: Block | None, record: Record, *, once: bool = False) -> bool:
         """Write the record of a block, or of what was merged.
+
+        Args:
+            block: which; None for what was merged.
+            record: of it.
+            once: not where another holder of the claim has done so since it was discarded.
+
+        Returns:
+            Whether it is there.
 
         Raises:
             OSError: the disk refused.
@@ -487,7 +542,8 @@ class Group:
         of_block = () if block is None else tuple(slice(i, i + 1) for i in block.index)
         region, values = (*of_block, slice(0, Record.size(len(record.files)))), record.to_bytes()
         name = FINISHED if block is None else RECORDS
-        Chunks(self.path / name, self.kept(name)).write(region, values.reshape(*(1 for _ in of_block), -1))
+        chunks, values = Chunks(self.path / name, self.kept(name)), values.reshape(*(1 for _ in of_block), -1)
+        return chunks.write_once(region, values) if once else bool(chunks.write(region, values))
 
     def _merged_content(self, inputs: bytes) -> bytes:
         """Return a digest of what merged files hold, of one size however many files growth makes of them."""
@@ -495,9 +551,9 @@ class Group:
         return digest([inputs, *(f"{s.length} {s.checksum};".encode() for s in sums)])
 
     def _remove(self, names: Sequence[str]) -> None:
-        """Remove files before they are written: zarr reads what is there into a file that it fills in part."""
-        for name in names:
-            self._files.remove(name)
+        """Remove files that no record is of any more; objects are put in the place of those that are there."""
+        if not self._files.far:
+            self._files.remove(*names)
 
     def tidy(self, block: Block | None) -> None:
         """Remove what a killed process left half written of a block, or of what is merged; only under its claim."""
@@ -523,7 +579,8 @@ class Group:
 
     def _lengths(self) -> bytes:
         """Return a digest of the lengths of the files of what is merged."""
-        return digest(self._files.length(name).to_bytes(8, "little") for name in self.layout.merged_files())
+        lengths = self._files.lengths(self.layout.merged_files())
+        return digest(length.to_bytes(8, "little") for length in lengths)
 
     def _sum(self, name: str) -> FileSum:
         """Return what a file is now; length 0 where there is none."""

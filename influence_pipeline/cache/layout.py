@@ -17,8 +17,9 @@ import numpy as np
 from influence_pipeline import plan
 from influence_pipeline.cache.encoding import SCALED, factors
 from influence_pipeline.cache.record import Record
-from influence_pipeline.cache.store import Files, Location, files_at
+from influence_pipeline.cache.store import Files, files_at
 from influence_pipeline.errors import CacheDamaged
+from influence_pipeline.location import Location
 from influence_pipeline.plan import tile_shape
 from stages.stage import ArraySpec, Axis, Block, Grid
 
@@ -303,14 +304,18 @@ def write_description(files: Files, name: str, described: dict[str, Any]) -> Non
     files.put(name, _written(described))
 
 
-def sealed(path: Location) -> dict[str, Any]:
+def sealed(path: Location, known: bytes | None = None) -> dict[str, Any]:
     """Return a zarr.json that is as it was sealed.
+
+    Args:
+        path: where it is.
+        known: what it has, where it was read.
 
     Raises:
         CacheDamaged: it is missing, cannot be read, or is not.
     """
     try:
-        raw = files_at(path.parent).read(path.name)
+        raw = files_at(path.parent).read(path.name) if known is None else known
         described = json.loads(raw)
         fits = _fits(raw)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -115,9 +115,9 @@ def read(group: Group, *, whole: bool) -> Records:
 
 def _one_by_one(group: Group, grid: Grid, part: slice, *, whole: bool) -> Array:
     table = np.zeros(part.stop - part.start, _ENTRY)
-    for number, block in enumerate(Blocks(grid, np.arange(part.start, part.stop))):
-        record = group.record(block)
-        if record is not None and not (whole and not group.has(block, record)):
+    blocks = Blocks(grid, np.arange(part.start, part.stop))
+    for number, record in enumerate(group.readable(blocks) if whole else group.each(blocks)):
+        if record is not None:
             table[number] = _entry(record)
     return table
 

@@ -12,15 +12,16 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import google_crc32c
 
-Location = Path
-"""Where a file or a folder is."""
+from influence_pipeline.location import Location, ObjectPath
+
+Answer = TypeVar("Answer")
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
 """What a file system without hard links answers."""
 
@@ -94,7 +95,14 @@ class Growing(ABC):
 
 
 class Files(ABC):
-    """Files below a folder."""
+    """Files below a folder.
+
+    Attributes:
+        far: whether each request takes long, so that what is needed is asked for together and before, and a claim may
+            be lost between a look at it and what is done then.
+    """
+
+    far = False
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -108,6 +116,14 @@ class Files(ABC):
         """
 
     @abstractmethod
+    def read_all(self, names: Sequence[str]) -> Iterator[bytes | None]:
+        """Yield what files have, None for each that is not there.
+
+        Raises:
+            OSError: one cannot be read.
+        """
+
+    @abstractmethod
     def stream(self, name: str) -> Iterator[bytes]:
         """Yield what a file has, part by part.
 
@@ -115,6 +131,10 @@ class Files(ABC):
             FileNotFoundError: there is none.
             OSError: it cannot be read.
         """
+
+    def together(self, requests: Sequence[Callable[[], Answer]]) -> Iterator[Answer]:
+        """Yield what some requests give, at once where each takes long."""
+        return (request() for request in requests)
 
     @abstractmethod
     def reading(self, name: str) -> AbstractContextManager[Ranges]:
@@ -130,12 +150,16 @@ class Files(ABC):
         """Return the length of a file in bytes, 0 where there is none."""
 
     @abstractmethod
+    def lengths(self, names: Sequence[str]) -> list[int]:
+        """Return the lengths of files in bytes, 0 for each that is not there."""
+
+    @abstractmethod
     def exists(self, name: str) -> bool:
         """Say whether there is a file."""
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
-        """Return the names of the files in a folder, without it."""
+        """Return the names of what is in a folder, without it."""
 
     @abstractmethod
     def walk(self, inside: str = "") -> Iterator[Found]:
@@ -161,6 +185,14 @@ class Files(ABC):
         """
 
     @abstractmethod
+    def put_once(self, name: str, data: bytes) -> bool:
+        """Have a file appear that only the holder of a claim makes; false where another holder has made it before.
+
+        Raises:
+            OSError: it is refused.
+        """
+
+    @abstractmethod
     def grow(self, name: str) -> Growing:
         """Begin a file that is written part by part.
 
@@ -169,8 +201,8 @@ class Files(ABC):
         """
 
     @abstractmethod
-    def remove(self, name: str) -> None:
-        """Remove a file where there is one.
+    def remove(self, *names: str) -> None:
+        """Remove files where they are.
 
         Raises:
             OSError: it is refused.
@@ -268,6 +300,10 @@ class Files(ABC):
 
 def files_at(folder: Location) -> Files:
     """Return the files below a folder."""
+    if isinstance(folder, ObjectPath):
+        from influence_pipeline.cache.objects import ObjectFiles
+
+        return ObjectFiles(folder)
     return _LocalFiles(folder)
 
 
@@ -287,6 +323,13 @@ class _LocalFiles(Files):
         with open(f"{self._text}/{name}", "rb") as file:
             return file.read()
 
+    def read_all(self, names: Sequence[str]) -> Iterator[bytes | None]:
+        for name in names:
+            try:
+                yield self.read(name)
+            except FileNotFoundError:
+                yield None
+
     def stream(self, name: str) -> Iterator[bytes]:
         with open(f"{self._text}/{name}", "rb") as file:
             while part := file.read(PART):
@@ -302,6 +345,9 @@ class _LocalFiles(Files):
             return os.stat(f"{self._text}/{name}").st_size
         except OSError:
             return 0
+
+    def lengths(self, names: Sequence[str]) -> list[int]:
+        return [self.length(name) for name in names]
 
     def exists(self, name: str) -> bool:
         return (self._folder / name).exists()
@@ -337,6 +383,10 @@ class _LocalFiles(Files):
                 aside.unlink(missing_ok=True)
             raise
 
+    def put_once(self, name: str, data: bytes) -> bool:
+        self.put(name, data)
+        return True
+
     def grow(self, name: str) -> Growing:
         return _LocalGrowing(*self._aside(name))
 
@@ -346,8 +396,9 @@ class _LocalFiles(Files):
             folder.mkdir(exist_ok=True)
         return path, path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
 
-    def remove(self, name: str) -> None:
-        (self._folder / name).unlink(missing_ok=True)
+    def remove(self, *names: str) -> None:
+        for name in names:
+            (self._folder / name).unlink(missing_ok=True)
 
     def tidy(self, name: str) -> None:
         path = self._folder / name
@@ -460,7 +511,7 @@ class _LocalRanges:
 class _LocalGrowing(Growing):
     def __init__(self, path: Path, aside: Path) -> None:
         super().__init__(path)
-        self._aside = aside
+        self._path, self._aside = path, aside
         self._file = open(aside, "wb", buffering=0)  # noqa: SIM115 - closed by finish or abandon
 
     def _write(self, data: bytes) -> None:
@@ -472,7 +523,7 @@ class _LocalGrowing(Growing):
         self._file.close()
 
     def appear(self) -> None:
-        self._aside.replace(self.path)
+        self._aside.replace(self._path)
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
 
+from influence_pipeline.cache.ahead import Ahead
 from influence_pipeline.cache.chunks import Chunks
 from influence_pipeline.cache.encoding import decode_into
 from influence_pipeline.cache.layout import Kept
-from influence_pipeline.cache.store import Location, files_at
-from influence_pipeline.cache.tiles import Region, Tiles, file_name
+from influence_pipeline.cache.tiles import Fetched, Region, Tiles
 from influence_pipeline.errors import CacheDamaged, WorkError
+from influence_pipeline.location import Location
 from stages.stage import Array
+
+KEPT_FACTORS = 8
+"""Bands of rows whose factors are kept."""
 
 
 class StoredArray:
@@ -37,12 +39,10 @@ class StoredArray:
             WorkError: the disk refused.
             CacheDamaged: it is not as it was written, or was never written.
         """
-        part = self.checked(index, lambda: self._part(index, strict=True))
-        if self.tiles is None:
-            files = files_at(self.path)
-            lost = next((name for name in self._names(index) if not files.exists(name)), None)
-            if lost is not None:
-                raise self.damaged(self._suspect(index) or f"{self.path / lost} is missing")
+        lost: list[str] = []
+        part = self.checked(index, lambda: self._part(index, lost))
+        if lost:
+            raise self.damaged(self._suspect(index) or f"{self.path / lost[0]} is missing")
         return part
 
     def checked(self, index: Any, read: Callable[[], Array]) -> Array:
@@ -70,26 +70,35 @@ class StoredArray:
             MemoryError: there is not enough.
             IndexError: there is no such part.
         """
-        return self._part(index, strict=False)
+        return self._part(index)
 
-    def _part(self, index: Any, *, strict: bool) -> Array:
+    def _part(self, index: Any, lost: list[str] | None = None) -> Array:
+        """Return a part; where ``lost`` is given, what was never written is refused or, of small files, named there."""
         region, inside = _region_around(index, self.shape)
         if self.tiles is None:
+            if lost is not None:
+                lost.clear()
             with self._named(index):
-                out = self._chunks.read(region)
+                out = self._chunks.read(region, lost)
         else:
             out = np.empty([part.stop - part.start for part in region], self.dtype)
-            self.read(region, out, lambda tile, cell, place: np.copyto(place, tile), strict=strict)
+            self.read(region, out, lambda tile, cell, place: np.copyto(place, tile), strict=lost is not None)
         found: Array = out[inside]
         return found
 
     def read(
-        self, region: Region, out: Array, decoded: Callable[[Array, Region, Array], None], *, strict: bool = True
+        self,
+        region: Region,
+        out: Array,
+        decoded: Callable[[Array, Region, Array], None],
+        *,
+        strict: bool = True,
+        fetched: Fetched | None = None,
     ) -> None:
         """Read a region of an array of tiles, as :meth:`Tiles.read` does."""
         assert self.tiles is not None
         with self._named(region):
-            self.tiles.read(region, out, decoded, strict=strict)
+            self.tiles.read(region, out, decoded, strict=strict, fetched=fetched)
 
     @contextmanager
     def _named(self, index: Any) -> Iterator[None]:
@@ -103,7 +112,7 @@ class StoredArray:
         """
         try:
             yield
-        except (MemoryError, IndexError):
+        except (MemoryError, IndexError, WorkError):
             raise
         except FileNotFoundError as error:
             raise CacheDamaged(f"{error.filename} is missing") from error
@@ -111,19 +120,6 @@ class StoredArray:
             raise WorkError(f"{self.path}: {index} cannot be read: {error}") from error
         except Exception as error:
             raise CacheDamaged(f"{self.path}: {index} cannot be read: {error}") from error
-
-    def _names(self, index: Any) -> Iterator[str]:
-        """Yield the files that a part is in: Zarr reads one that is missing as fill values, without a word."""
-        parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not Ellipsis]
-        spans = []
-        for number, (length, shard) in enumerate(zip(self.shape, self._file_shape, strict=True)):
-            part = parts[number] if number < len(parts) else slice(None)
-            if isinstance(part, (int, np.integer)):
-                part = slice(int(part) % length, int(part) % length + 1)
-            start, stop, _ = part.indices(length)
-            spans.append(range(start // shard, math.ceil(stop / shard)))
-        for found in itertools.product(*spans):
-            yield file_name(found)
 
     def never_written(self, index: Any) -> CacheDamaged:
         """Make the error for a part that has entries that no block wrote."""
@@ -139,13 +135,16 @@ class DecodedRows:
 
     Attributes:
         shape: of all of them.
+        itemsize: bytes of an entry as it is kept.
         factors: (n, 1), what rows are to be multiplied by after :meth:`read_into`; None where they have no such factor.
     """
 
     def __init__(self, kept: StoredArray, scale: StoredArray | None) -> None:
         """Decode ``kept`` by the factors of its rows."""
         self.shape: tuple[int, ...] = kept.shape
+        self.itemsize = kept.dtype.itemsize
         self._kept, self._scale = kept, scale
+        self._known: dict[tuple[int, int], Array] = {}
         self.factors = None if scale is None or scale.shape[1] > 1 else RowFactors(kept, scale)
 
     def __getitem__(self, index: Any) -> Array:
@@ -154,13 +153,21 @@ class DecodedRows:
         Raises:
             CacheDamaged: a part was never written.
         """
+        return self.part(index)
+
+    def part(self, index: Any, fetched: Fetched | None = None) -> Array:
+        """Return a part as float32, of which some was fetched before.
+
+        Raises:
+            CacheDamaged: a part was never written.
+        """
         region = _region(index, self.shape)
         assert region is not None, index
         out = np.empty([part.stop - part.start for part in region], np.float32)
-        self._read(region, out, self._scale)
+        self._read(region, out, self._scale, fetched)
         return out
 
-    def read_into(self, index: tuple[slice, slice], out: Array) -> None:
+    def read_into(self, index: tuple[slice, slice], out: Array, fetched: Fetched | None = None) -> None:
         """Read a part as float32, but for the factors of whole rows; these tell of rows that were never written.
 
         Raises:
@@ -169,23 +176,54 @@ class DecodedRows:
         region = _region(index, self.shape)
         assert region is not None, index
         if self.factors is None:
-            self._read(region, out, self._scale)
+            self._read(region, out, self._scale, fetched)
         else:
-            self._decode(region, out, None)
+            self._decode(region, out, None, fetched)
 
-    def _read(self, region: Region, out: Array, factors: StoredArray | None) -> None:
+    @contextmanager
+    def ahead(
+        self, items: Sequence[Sequence[tuple[slice, slice]]], at_once: int, most_bytes: int
+    ) -> Iterator[DecodedRows | Ahead]:
+        """Have parts fetched before they are asked for, where that takes long; see :class:`Ahead`."""
+        if self._kept.tiles is None or not self._kept.tiles.files.far:
+            yield self
+            return
+        with closing(Ahead(self, items, at_once, most_bytes)) as rows:
+            yield rows
+
+    def fetch(self, parts: Sequence[Region]) -> Fetched:
+        """Read what some parts need, as it is kept."""
+        assert self._kept.tiles is not None
+        if self.factors is None and self._scale is not None:
+            for part in parts:
+                self._factors(self._scale, part[0])
+        return self._kept.tiles.fetch(parts)
+
+    def _factors(self, scale: StoredArray, rows: slice) -> Array:
+        """Return the factors of some rows; where reading takes long, those that were read last are kept."""
+        key = rows.start, rows.stop
+        found = self._known.get(key)
+        if found is None:
+            found = scale[rows]
+            if self._kept.tiles is not None and self._kept.tiles.files.far and not np.isnan(found).any():
+                self._known[key] = found
+                for oldest in list(self._known)[:-KEPT_FACTORS]:
+                    self._known.pop(oldest, None)
+        return found
+
+    def _read(self, region: Region, out: Array, factors: StoredArray | None, fetched: Fetched | None) -> None:
         """Read a part.
 
         Raises:
             CacheDamaged: a part was never written.
         """
-        scale = None if factors is None else factors[region[0]]
-        self._decode(region, out, scale)
+        scale = None if factors is None else self._factors(factors, region[0])
+        self._decode(region, out, scale, fetched)
         looked_at = out if scale is None else scale
         if looked_at.size and np.isnan(looked_at.min()):  # the least of numbers with a NaN is NaN
             raise self._kept.never_written(region)
 
-    def _decode(self, region: Region, out: Array, scale: Array | None) -> None:
+    def _decode(self, region: Region, out: Array, scale: Array | None, fetched: Fetched | None) -> None:
         first = region[0].start
 
         def decoded(tile: Array, cell: Region, place: Array) -> None:
@@ -194,11 +232,13 @@ class DecodedRows:
                 tile, None if scale is None else scale[rows.start - first : rows.stop - first], columns.start, place
             )
 
+        known = [fetched]
+
         def read() -> Array:
             if self._kept.tiles is None:
                 decoded(self._kept[region], region, out)
-            else:
-                self._kept.read(region, out, decoded)
+            else:  # once more, from the files themselves, where that failed
+                self._kept.read(region, out, decoded, fetched=known.pop() if known else None)
             return out
 
         self._kept.checked(region, read)

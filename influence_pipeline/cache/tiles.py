@@ -8,11 +8,13 @@ the tiles that it needs, decodes each into place, and shares nothing with other 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,8 @@ import numpy as np
 from numcodecs import blosc
 
 from influence_pipeline.cache.encoding import convert
-from influence_pipeline.cache.store import Files, Location, Ranges, files_at
+from influence_pipeline.cache.store import Files, Ranges, files_at
+from influence_pipeline.location import Location
 from stages.stage import Array
 from stages.threads import Threads, own_memory
 
@@ -32,6 +35,7 @@ Encode = Callable[[Array, int], Part]
 """Takes rows, and the position of the first in the region that is filled."""
 EMPTY = 2**64 - 1
 """Offset and length of a tile that was never written."""
+NOWHERE = EMPTY, EMPTY
 CHECKSUM_BYTES = 4
 RESIDUE = 0x48674BC7
 """The CRC-32C of any bytes with their own CRC-32C behind them."""
@@ -61,8 +65,39 @@ class Tiles:
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
+    def fetch(self, regions: Sequence[Region]) -> Fetched:
+        """Read the tiles that some regions need, as they are kept; a file that is not there is left out.
+
+        Raises:
+            OSError: the disk refused.
+            ValueError: a file is damaged.
+        """
+        wanted: dict[tuple[int, ...], list[Region]] = {}
+        for region in regions:
+            for number, part in cells(region, self.file_shape):
+                wanted.setdefault(number, []).append(part)
+        jobs = [functools.partial(self._fetched, number, parts) for number, parts in wanted.items()]
+        return {n: file for n, file in zip(wanted, self.files.together(jobs), strict=True) if file is not None}
+
+    def _fetched(self, number: tuple[int, ...], parts: Sequence[Region]) -> _FetchedRanges | None:
+        """Read the tiles of a file that some parts need; None where there is no such file."""
+        try:
+            with self.files.reading(file_name(number)) as file:
+                index = self._index(file, number)
+                found = (place for part in parts for _, _, place in self._places(index, part) if place != NOWHERE)
+                places = list(dict.fromkeys(found))
+                return _FetchedRanges(index, dict(zip(places, file.parts(places), strict=True)))
+        except FileNotFoundError:
+            return None
+
     def read(
-        self, region: Region, out: Array, decoded: Callable[[Array, Region, Array], None], *, strict: bool
+        self,
+        region: Region,
+        out: Array,
+        decoded: Callable[[Array, Region, Array], None],
+        *,
+        strict: bool,
+        fetched: Fetched | None = None,
     ) -> None:
         """Read a region, tile by tile.
 
@@ -71,6 +106,7 @@ class Tiles:
             out: where the region goes, of its shape.
             decoded: puts a part of a tile, and where it is in the array, into its place in ``out``.
             strict: refuse what was never written, instead of fill values.
+            fetched: what was read before of some files.
 
         Raises:
             OSError: the disk refused.
@@ -79,7 +115,8 @@ class Tiles:
         """
         for number, part in cells(region, self.file_shape):
             try:
-                with self.files.reading(file_name(number)) as file:
+                known = fetched.get(number) if fetched else None
+                with self.files.reading(file_name(number)) if known is None else nullcontext(known) as file:
                     for position, cell, tile in self._tiles(file, number, part, strict=strict):
                         corner = [p * t for p, t in zip(position, self.tile_shape, strict=True)]
                         piece = tile[tuple(slice(c.start - o, c.stop - o) for c, o in zip(cell, corner, strict=True))]
@@ -90,7 +127,7 @@ class Tiles:
                 out[within(part, region)] = self.fill
 
     def _tiles(
-        self, file: Ranges, number: Sequence[int], part: Region, *, strict: bool
+        self, file: Ranges | _FetchedRanges, number: Sequence[int], part: Region, *, strict: bool
     ) -> Iterator[tuple[tuple[int, ...], Region, Array]]:
         """Yield the tiles of a file that a part needs, each in this thread's own memory, where it stays until the next.
 
@@ -100,12 +137,11 @@ class Tiles:
         Raises:
             ValueError: one is damaged, or was never written.
         """
-        index, wanted = self._index(file, number), list(cells(part, self.tile_shape))
-        inside = [tuple(p % n for p, n in zip(position, self.counts, strict=True)) for position, _ in wanted]
-        places = [(int(index[i][0]), int(index[i][1])) for i in inside]
-        there = file.parts([place for place in places if place != (EMPTY, EMPTY)])
-        for (position, cell), place in zip(wanted, places, strict=True):
-            if place == (EMPTY, EMPTY):
+        index = file.index if isinstance(file, _FetchedRanges) else self._index(file, number)
+        wanted = list(self._places(index, part))
+        there = file.parts([place for _, _, place in wanted if place != NOWHERE])
+        for position, cell, place in wanted:
+            if place == NOWHERE:
                 if strict:
                     raise ValueError(f"{self.path(number)}: a tile was never written")
                 yield position, cell, np.full(self.tile_shape, self.fill, self.dtype)
@@ -116,6 +152,12 @@ class Tiles:
             tile = own_memory("tile", self.tile_shape, self.dtype)
             unpack(memoryview(raw)[:-CHECKSUM_BYTES], tile, self.path(number))
             yield position, cell, tile
+
+    def _places(self, index: Array, part: Region) -> Iterator[tuple[tuple[int, ...], Region, tuple[int, int]]]:
+        """Yield the tiles that a part of a file needs: position, what the part has of it, and its offset and length."""
+        for position, cell in cells(part, self.tile_shape):
+            offset, length = index[tuple(p % n for p, n in zip(position, self.counts, strict=True))]
+            yield position, cell, (int(offset), int(length))
 
     def _index(self, file: Ranges, number: Sequence[int]) -> Array:
         """Read where the tiles of a file are.
@@ -128,6 +170,20 @@ class Tiles:
         if len(raw) != size or not intact(raw):
             raise ValueError(f"{self.path(number)}: where its tiles are is damaged")
         return np.frombuffer(raw[:-CHECKSUM_BYTES], "<u8").reshape(*self.counts, 2)
+
+
+class _FetchedRanges:
+    """Parts of a file that were read, and where its tiles are."""
+
+    def __init__(self, index: Array, known: Mapping[tuple[int, int], bytes]) -> None:
+        self.index, self._known = index, known
+
+    def parts(self, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        return (self._known[place] for place in places)
+
+
+Fetched = Mapping[tuple[int, ...], _FetchedRanges]
+"""What was read of files, by their positions in the grid of files."""
 
 
 @dataclass

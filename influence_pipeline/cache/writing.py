@@ -11,8 +11,8 @@ from influence_pipeline.cache.chunks import Chunks
 from influence_pipeline.cache.encoding import SCALED, convert, factors, scaled, scales
 from influence_pipeline.cache.layout import SCALE
 from influence_pipeline.cache.record import FileSum
-from influence_pipeline.cache.store import Location
 from influence_pipeline.cache.tiles import Filling, Part, Region, Tiles
+from influence_pipeline.location import Location
 from stages.stage import Array, ArraySpec, Block
 from stages.threads import Threads, one_core_threads
 
@@ -78,8 +78,7 @@ class ArrayWriting:
             found = np.empty(values.shape, self._kept.dtype)
             convert(self._encode(values, 0)((slice(0, values.shape[1]),)), found)
             values = found
-        Chunks(self.group.path / self.spec.name, self._kept).write(self.region, values)
-        return {}
+        return Chunks(self.group.path / self.spec.name, self._kept).write(self.region, values)
 
     def abandon(self) -> None:
         """Remove what is left aside, and let go of all values."""

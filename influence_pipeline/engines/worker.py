@@ -18,7 +18,9 @@ import torch
 
 from influence_pipeline.cache import Group, claims
 from influence_pipeline.cache.claims import Claim
+from influence_pipeline.cache.store import files_at
 from influence_pipeline.errors import InfluenceError, RequestError, WorkError
+from influence_pipeline.location import Location
 from influence_pipeline.logs import logging_to
 from influence_pipeline.signals import shielded
 from influence_pipeline.work import Work
@@ -138,7 +140,7 @@ class Answer:
 _alone = threading.Lock()
 
 
-def block_on_cluster(order: Order, group: Path, block: Block, token: str, threads: int) -> Answer:
+def block_on_cluster(order: Order, group: Location, block: Block, token: str, threads: int) -> Answer:
     """Compute one block in a worker of a cluster, one at a time, as long as its claim stands.
 
     Args:
@@ -153,7 +155,7 @@ def block_on_cluster(order: Order, group: Path, block: Block, token: str, thread
     here = f"worker {os.getpid()} on {socket.gethostname()}"
     if order.version != __version__:
         return Answer(error=RequestError(f"{here} has influence-pipeline {__version__}, not {order.version}"))
-    if not group.is_dir():
+    if not files_at(group).there:
         remedy = "the cache must be on a file system that all workers have, under the same path"
         return Answer(error=RequestError(f"{here} sees no {group}: {remedy}"))
     with _alone:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stages.influence.scores import Scores
-from stages.stage import Array, ArrayLike, Block, FactoredRows, Ids, Progress, Report, Stage, silent
+from stages.stage import Array, ArrayLike, Block, FactoredRows, Ids, Progress, Report, Stage, ahead, silent
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,7 @@ class Influence(Scores):
         curvature_samples: int,
         top_k: int,
         store_scores: bool,
+        ahead_bytes: int = 0,
     ) -> None:
         """Lay out the scores of ``vectors`` (T, D) and ``gradients`` (N, D).
 
@@ -59,11 +60,12 @@ class Influence(Scores):
             curvature_samples: how many of the training samples the curvature is of: what scores are divided by.
             top_k: k, at most N.
             store_scores: keep the (T, N) scores, not just the rankings.
+            ahead_bytes: that are fetched before they are used, of S and G, where reading takes long.
         """
         super().__init__(train_ids, test_ids, bands, curvature_samples, top_k, store_scores=store_scores)
         self.vectors, self.gradients = vectors, gradients
         self.read_rows, self.read_columns, self.rows_first = read_rows, read_columns, rows_first
-        self.tile_columns = tile_columns
+        self.tile_columns, self.ahead_bytes = tile_columns, ahead_bytes
 
     def compute(self, block: Block, report: Report = silent) -> dict[str, Array]:
         """Compute one cell's scores, candidates and sums.
@@ -112,7 +114,6 @@ class Influence(Scores):
         samples = block.bounds["sample"]
         # G Sᵀ, not S Gᵀ: the long side first is the faster product. One for each S, so that none depends on others.
         totals_nT = [torch.zeros(samples.stop - samples.start, tests.stop - tests.start) for _, tests in solutions]
-        factored = self.gradients if isinstance(self.gradients, FactoredRows) else None
         reads = list(self._reads(samples))
         done = itertools.count(1)
         vectors_DT: list[torch.Tensor] = []
@@ -120,10 +121,9 @@ class Influence(Scores):
 
         def add(read: tuple[slice, slice]) -> None:
             rows, columns = read
-            for start in range(columns.start, columns.stop, self.tile_columns):
-                tile = slice(start, min(start + self.tile_columns, columns.stop))
+            for tile in self._tiles(columns):
                 if factored is None:
-                    gradients_nD = np.asarray(self.gradients[rows, tile])
+                    gradients_nD = np.asarray(gradients[rows, tile])
                 else:
                     shape = rows.stop - rows.start, tile.stop - tile.start
                     gradients_nD = own_memory("gradients", shape, np.dtype(np.float32))
@@ -134,20 +134,30 @@ class Influence(Scores):
                     total[rows.start - samples.start : rows.stop - samples.start].addmm_(tile_nD, part)
             report(Progress(next(done), len(reads), "scores"))
 
-        for columns, group in itertools.groupby(reads, key=lambda read: (read[1].start, read[1].stop)):
-            if slice(*columns) != known:
-                known = slice(*columns)
-                vectors_DT = [_transposed(vectors, tests, known) for vectors, tests in solutions]
-            if self.rows_first:
-                for read in group:
-                    add(read)
-            else:
-                in_threads(add, list(group))
-        if factored is not None and factored.factors is not None:
-            factors_n1 = torch.from_numpy(factored.factors[samples])
-            for total in totals_nT:
-                total *= factors_n1
+        items = [[(rows, tile) for tile in self._tiles(columns)] for rows, columns in reads]
+        with ahead(self.gradients, items, torch.get_num_threads(), self.ahead_bytes // 2) as gradients:
+            factored = gradients if isinstance(gradients, FactoredRows) else None
+            for columns, group in itertools.groupby(reads, key=lambda read: (read[1].start, read[1].stop)):
+                if slice(*columns) != known:
+                    known = slice(*columns)
+                    vectors_DT = [
+                        _transposed(vectors, tests, known, self.ahead_bytes // 2) for vectors, tests in solutions
+                    ]
+                if self.rows_first:
+                    for read in group:
+                        add(read)
+                else:
+                    in_threads(add, list(group))
+            if factored is not None and factored.factors is not None:
+                factors_n1 = torch.from_numpy(factored.factors[samples])
+                for total in totals_nT:
+                    total *= factors_n1
         return totals_nT
+
+    def _tiles(self, columns: slice) -> list[slice]:
+        """Return the columns of G that are read at once, of some columns."""
+        starts = range(columns.start, columns.stop, self.tile_columns)
+        return [slice(start, min(start + self.tile_columns, columns.stop)) for start in starts]
 
     def _reads(self, samples: slice) -> Iterator[tuple[slice, slice]]:
         """Yield every tile of G over a band of samples once."""
@@ -167,14 +177,17 @@ def columns_at_once(tests: int) -> int:
     return max(LEAST_COLUMNS, AT_ONCE // max(1, tests))
 
 
-def _transposed(vectors: ArrayLike, rows: slice, columns: slice) -> torch.Tensor:
+def _transposed(vectors: ArrayLike, rows: slice, columns: slice, ahead_bytes: int = 0) -> torch.Tensor:
     """Return a part of some vectors, (columns, rows), read a few columns at a time."""
     import torch
 
     found = torch.empty(columns.stop - columns.start, rows.stop - rows.start)
     step = columns_at_once(rows.stop - rows.start)
-    for start in range(columns.start, columns.stop, step):
-        part = slice(start, min(start + step, columns.stop))
-        read = torch.from_numpy(np.asarray(vectors[rows, part]))
-        found[start - columns.start : part.stop - columns.start] = read.T
+    starts = range(columns.start, columns.stop, step)
+    parts = [slice(start, min(start + step, columns.stop)) for start in starts]
+    with ahead(vectors, [[(rows, part) for part in parts]], 1, ahead_bytes) as read:
+        for part in parts:
+            found[part.start - columns.start : part.stop - columns.start] = torch.from_numpy(
+                np.asarray(read[rows, part])
+            ).T
     return found

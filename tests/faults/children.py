@@ -73,6 +73,13 @@ def run(
     ip.Pipeline(experiment, cache, tiny.settings()).run()
 
 
+def gradients(cache: str, environment: dict[str, str]) -> None:
+    """Compute the gradients of the tiny experiment, into a cache that the environment tells of."""
+    os.environ.update(environment)
+    prepare()
+    ip.Pipeline(tiny.experiment(), cache, tiny.settings()).grad_z()
+
+
 def harmed(cache: str, at: str, number: int, when: str, by: int, of: str = "", expiry: float | None = None) -> None:
     """Run the whole tiny experiment, and get a signal before or after a function is called for the so many-th time.
 

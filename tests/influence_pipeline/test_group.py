@@ -326,16 +326,19 @@ def test_a_block_that_could_not_be_written_again_does_not_exist(
     group: Group, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
     fill(group, layout(10))
-    write = Chunks.write
 
-    def full(chunks: Chunks, *what: Any) -> None:
-        if chunks.path(()).parent.name == fails_at:
-            raise OSError("No space left on device")
-        write(chunks, *what)
+    def full(write: Callable[..., Any]) -> Callable[..., Any]:
+        def written(chunks: Chunks, *what: Any) -> Any:
+            if chunks.path(()).parent.name == fails_at:
+                raise OSError("No space left on device")
+            return write(chunks, *what)
+
+        return written
 
     block = layout(10).grid.block((1,))
     with monkeypatch.context() as patch:
-        patch.setattr(Chunks, "write", full)
+        for name in ("write", "write_once"):
+            patch.setattr(Chunks, name, full(getattr(Chunks, name)))
         with pytest.raises(ip.WorkError, match="No space left on device"):
             tiny.commit(group, block, values(range(4, 8)))
     assert [bool(group.whole(block)) for block in layout(10).grid] == [True, False, True]
