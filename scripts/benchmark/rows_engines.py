@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import workload
 from common import Bench, Row, Side, alternate
 from joblib.externals.loky import get_reusable_executor
@@ -20,12 +21,18 @@ import influence_pipeline as ip
 WORKERS = 3
 ROWS_OF_BLOCK = 256
 EXPERIMENT = """\
+from pathlib import Path
+
+import torch
 import workload
 
 
 def experiment():
-    return workload.experiment({samples}, {{"holdout": {tests}}})
+    model = workload.small_cnn()
+    model.load_state_dict(torch.load(Path(__file__).with_suffix(".pt"), weights_only=True))
+    return workload.experiment({samples}, {{"holdout": {tests}}}, model.eval())
 """
+"""Trained once: with other threads, as a worker has, the same training gives other weights."""
 
 
 @contextmanager
@@ -59,6 +66,7 @@ def both_stages(bench: Bench, name: str, **runtime: object) -> Side:
     solver = {"solver": "cg", "damping": 50.0, "sample": bench.size(32, 4)}
     settings = workload.settings(s_test=solver, runtime=runtime)
     file = bench.folder / "engines.py"
+    torch.save(workload.trained_cnn().state_dict(), file.with_suffix(".pt"))
     file.write_text(EXPERIMENT.format(samples=bench.size(4096, 1024), tests=8 * bench.size(6, 4)))
     pipeline = None
 
