@@ -13,7 +13,7 @@ import pytest
 
 import influence_pipeline as ip
 from influence_pipeline import samples
-from influence_pipeline.cache import group as groups
+from influence_pipeline.cache.store import _LocalFiles
 from influence_pipeline.context import SENTINELS
 from tests import tiny
 
@@ -38,11 +38,11 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Counter[str]]:
     """Return how often each file was opened and its length asked for, and how many digests were taken, from now on."""
     found: dict[str, Counter[str]] = {"opened": Counter(), "lengths": Counter(), "digests": Counter()}
     monkeypatch.setattr(sys.modules[__name__], "opened", found["opened"])
-    length, sample, several = groups._length, samples.digest, samples.digest_of
+    length, sample, several = _LocalFiles.length, samples.digest, samples.digest_of
 
-    def counted_length(path: Path | str) -> int:
-        found["lengths"][str(path)] += 1
-        return length(path)
+    def counted_length(files: _LocalFiles, name: str) -> int:
+        found["lengths"][f"{files._text}/{name}"] += 1
+        return length(files, name)
 
     def counted_sample(value: Any) -> bytes:
         found["digests"]["sample"] += 1
@@ -52,7 +52,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Counter[str]]:
         found["digests"]["whole"] += 1
         return several(parts)
 
-    monkeypatch.setattr(groups, "_length", counted_length)
+    monkeypatch.setattr(_LocalFiles, "length", counted_length)
     monkeypatch.setattr(samples, "digest", counted_sample)
     monkeypatch.setattr(samples, "digest_of", counted_several)
     return found
@@ -103,8 +103,8 @@ def test_what_goes_away_between_two_stages_of_a_run_is_missed(
         shutil.rmtree(done / "influence")
     s_test = ip.Pipeline.s_test
 
-    def losing(pipeline: ip.Pipeline, tests: str) -> Any:
-        outcome = s_test(pipeline, tests)
+    def losing(pipeline: ip.Pipeline, tests: str, **asked: Any) -> Any:
+        outcome = s_test(pipeline, tests, **asked)
         for path in [path for path in done.glob(gone) if path.name != "zarr.json"]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return outcome
