@@ -37,7 +37,7 @@ from influence_pipeline.cache.writing import ArrayWriting
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
-HANGS = 45.0
+HANGS = 240.0
 """Seconds after which a child hangs: less than a claim takes to expire."""
 LOOK = 0.005
 """Seconds between looks at a child."""

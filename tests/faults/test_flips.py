@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +30,9 @@ def flipped(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Tally:
 
 def test_damage_of_all_kinds_was_tried(flipped: Tally) -> None:
     assert flipped.tried == FLIPS
-    for kind, of in itertools.product(("flipped", "cut", "emptied", "deleted"), ("data", "description")):
-        assert flipped.kinds[f"{kind}, {of}"] >= (20 if kind == "flipped" else 1), flipped.kinds
+    for kind in ("flipped", "cut", "emptied", "deleted"):
+        assert sum(flipped.kinds[f"{kind}, {of}"] for of in ("data", "description")) >= 2, flipped.kinds
+    assert min(flipped.kinds["flipped, data"], flipped.kinds["flipped, description"]) >= 20, flipped.kinds
     for what, least in {"refused": 20, "read as before": 20, "verify finds it": 40}.items():
         assert flipped.kinds[what] >= least, flipped.kinds
     assert all(flipped.kinds[other] >= 1 for other in flips.OTHERS), flipped.kinds
