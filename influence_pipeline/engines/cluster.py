@@ -161,7 +161,7 @@ class Cluster(ABC):
                 workers = self.workers()
                 if any(workers.values()) or any(job.worker in workers for job in jobs):
                     answered = time.monotonic()
-                elif time.monotonic() - answered > claims.EXPIRY:
+                elif time.monotonic() - answered > max(claims.EXPIRY, STARTS if self._signs else 0):
                     raise WorkError(f"{self.name}: no worker answers and takes a block any more. {KEPT}")
                 free = [w for w, n in workers.items() if n and (w not in self._jobs or self._jobs[w].answer.done())]
                 while waiting and free and (most is None or len(jobs) < most):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -128,10 +129,14 @@ class DaskCluster(Gates):
         self.workers = list[Child]()
         self._server, self._said, self._expiry = server, folder / "scheduler.json", expiry
         self.scheduler = server.start("tests.faults.clusters:dask_scheduler", hangs=None, said=self._said)
-        until(self._said.exists, self.scheduler)
-        self.address = str(json.loads(self._said.read_text())["address"])
+        self.address = str(until(self._written, self.scheduler)["address"])
         for _ in range(workers):
             self.start()
+
+    def _written(self) -> Any:
+        """Return what the scheduler says of itself, None as long as it has not said all of it."""
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            return json.loads(self._said.read_text())
 
     def start(self) -> None:
         """Start a worker."""

@@ -136,6 +136,29 @@ def test_workers_that_all_go_away_end_the_run(group: Group, monkeypatch: pytest.
         handed(told, group)
 
 
+def test_a_worker_that_starts_is_waited_for_longer_than_for_signs_of_life(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Restarting(Told):
+        """Its worker is lost over its first block, and takes a while to start."""
+
+        starting = 0
+
+        def signs(self) -> Mapping[str, tuple[int, object]]:
+            self.starting -= bool(self.starting)
+            return {"a": (0 if self.starting else 1, time.monotonic())}
+
+    def does(worker: str, block: Block) -> Answer | Exception:
+        if len(told.orders) > 1:
+            return Answer(True)
+        told.starting = 20
+        return Lost()
+
+    monkeypatch.setattr(claims, "EXPIRY", 0.1)
+    told = Restarting("a", does=does)
+    assert sorted(handed(told, group)) == [block.index for block in group.layout.grid]
+
+
 def test_a_cluster_without_workers_is_refused(group: Group) -> None:
     with pytest.raises(ip.RequestError, match="the cluster has no workers: start some"):
         handed(Told(does=lambda worker, block: Answer(True)), group)
