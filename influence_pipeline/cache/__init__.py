@@ -36,7 +36,7 @@ from influence_pipeline.cache.store import files_at
 from influence_pipeline.errors import CacheDamaged, CacheMismatch, RequestError, WorkError
 from influence_pipeline.location import Location, ObjectPath, located, without_secrets
 
-FORMAT = 4
+FORMAT = 5
 STAGES = ("grad_z", "curvature", "s_test", "influence")
 """What a run goes through."""
 GROUND_TRUTH = ("retrained", "measured")

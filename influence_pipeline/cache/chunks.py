@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-import google_crc32c
 import numpy as np
 
 from influence_pipeline.cache.layout import Kept
@@ -77,7 +76,7 @@ class Chunks:
         known = {}
         for number, data in self._files_of(region, values):
             self._files.put(file_name(number), data)
-            known[self.path(number)] = FileSum(len(data), int(google_crc32c.value(data)))
+            known[self.path(number)] = FileSum().then(data)
         return known
 
     def write_once(self, region: Region, values: Array) -> bool:

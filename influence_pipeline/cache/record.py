@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,10 +35,22 @@ def digest(parts: Iterable[bytes | Array]) -> bytes:
 
 @dataclass(frozen=True)
 class FileSum:
-    """What a file was when it was written: its length in bytes, and its CRC-32C."""
+    """What a file was when it was written.
 
-    length: int
-    checksum: int
+    Its checksum is zlib's CRC-32, not the CRC-32C that each part of these files ends with: over a file of such parts
+    another CRC-32C would be the same whatever they hold, as long as each is whole and as long as it was.
+
+    Attributes:
+        length: in bytes.
+        checksum: its CRC-32.
+    """
+
+    length: int = 0
+    checksum: int = 0
+
+    def then(self, data: bytes) -> FileSum:
+        """Return what the file is with some bytes more."""
+        return FileSum(self.length + len(data), zlib.crc32(data, self.checksum))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import google_crc32c
-
+from influence_pipeline.cache.record import FileSum
 from influence_pipeline.location import Location, ObjectPath
 
 Answer = TypeVar("Answer")
@@ -52,13 +51,12 @@ class Growing(ABC):
 
     Attributes:
         path: where it will be.
-        length: of what was written.
-        checksum: CRC-32C of that.
+        sum: of what was written.
     """
 
     def __init__(self, path: Location) -> None:
         """Begin an empty file."""
-        self.path, self.length, self.checksum = path, 0, 0
+        self.path, self.sum = path, FileSum()
 
     def write(self, data: bytes) -> None:
         """Append some bytes.
@@ -67,8 +65,7 @@ class Growing(ABC):
             OSError: it is refused.
         """
         self._write(data)
-        self.length += len(data)
-        self.checksum = int(google_crc32c.extend(self.checksum, data))
+        self.sum = self.sum.then(data)
 
     @abstractmethod
     def _write(self, data: bytes) -> None: ...

@@ -23,6 +23,7 @@ import numpy as np
 from numcodecs import blosc
 
 from influence_pipeline.cache.encoding import convert
+from influence_pipeline.cache.record import FileSum
 from influence_pipeline.cache.store import Files, Ranges, files_at
 from influence_pipeline.location import Location
 from stages.stage import Array
@@ -257,8 +258,8 @@ class Filling:
         for file in self._files.values():
             file.finish()
 
-    def appear(self) -> dict[Location, tuple[int, int]]:
-        """Have the files appear; return the length and the CRC-32C of each.
+    def appear(self) -> dict[Location, FileSum]:
+        """Have the files appear; return what is known of each.
 
         Raises:
             OSError: the disk refused, or they were removed meanwhile.
@@ -266,7 +267,7 @@ class Filling:
         written = [file.written for file in self._files.values()]
         for file in written:
             file.appear()
-        return {file.path: (file.length, file.checksum) for file in written}
+        return {file.path: file.sum for file in written}
 
     def abandon(self) -> None:
         """Begin nothing more, wait for what is under way, remove what is left aside, and let go of all memory."""
@@ -357,7 +358,7 @@ class _File:
         self._index = np.full((*counts, 2), EMPTY, "<u8")
 
     def append(self, position: tuple[int, ...], packed: bytes) -> None:
-        self._index[position] = self.written.length, len(packed) + CHECKSUM_BYTES
+        self._index[position] = self.written.sum.length, len(packed) + CHECKSUM_BYTES
         self.written.write(packed)
         self.written.write(checksum(packed))
 

@@ -72,7 +72,7 @@ class ArrayWriting:
             OSError: the disk refused.
         """
         if self._filling is not None:
-            return {path: FileSum(*found) for path, found in self._filling.appear().items()}
+            return self._filling.appear()
         values = np.concatenate(self._values) if len(self._values) > 1 else self._values[0]
         if self.scale is not None:
             found = np.empty(values.shape, self._kept.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,33 @@ def test_verify_finds_a_flipped_bit_in_any_array_and_names_it(done: Path, make: 
         for name in before.keys() - tiny.files(done).keys() | {str(path.relative_to(done))}:
             (done / name).write_bytes(before[name])
     assert len(arrays) >= 40
+    assert make().verify().exit_code == 0
+
+
+def test_verify_finds_whole_files_in_the_place_of_each_other(done: Path, make: Make) -> None:
+    """Each has a checksum of its own that fits."""
+    found = 0
+    for array in sorted({path.parent for path in done.glob("*/*/*/zarr.json")}):
+        files = [path for path in sorted(array.glob("c/**/*")) if path.is_file()]
+        alike = [
+            (one, other)
+            for one, other in itertools.pairwise(files)
+            if one.stat().st_size == other.stat().st_size and one.read_bytes() != other.read_bytes()
+        ]
+        if array.name in {"blocks", "finished"} or not alike:
+            continue
+        one, other = alike[0]
+        before = one.read_bytes(), other.read_bytes()
+        one.write_bytes(before[1])
+        other.write_bytes(before[0])
+        said = make().verify().damaged
+        assert said, array
+        assert all(str(array.parent) in text and array.name in text for text in said)
+        one.write_bytes(before[0])
+        other.write_bytes(before[1])
+        make().run()
+        found += 1
+    assert found > 8
     assert make().verify().exit_code == 0
 
 

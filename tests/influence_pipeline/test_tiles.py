@@ -6,7 +6,6 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
 import zarr
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from influence_pipeline.cache.encoding import GROUP, round_trip, scales
+from influence_pipeline.cache.record import FileSum
 from influence_pipeline.cache.tiles import Filling, Region, Tiles
 from stages.threads import one_core_threads
 
@@ -50,7 +50,7 @@ def numbers(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return (np.random.default_rng(0).standard_normal(shape) * 50).astype(dtype)
 
 
-def fill(tiles: Tiles, region: Region, values: np.ndarray, step: int = 10**9) -> dict[Path, tuple[int, int]]:
+def fill(tiles: Tiles, region: Region, values: np.ndarray, step: int = 10**9) -> dict[Path, FileSum]:
     """Write a region, some rows at a time."""
     filling = Filling(
         tiles, region, lambda rows, first: lambda columns: rows[(slice(None), *columns)], one_core_threads()
@@ -66,8 +66,8 @@ def write(tiles: Tiles, values: np.ndarray, step: int = 10**9) -> None:
     for start in range(0, len(values), tiles.file_shape[0]):
         stop = min(start + tiles.file_shape[0], len(values))
         region = (slice(start, stop), *(slice(0, n) for n in values.shape[1:]))
-        for path, (length, checksum) in fill(tiles, region, values[start:stop], step).items():
-            assert (length, checksum) == (path.stat().st_size, google_crc32c.value(path.read_bytes()))
+        for path, found in fill(tiles, region, values[start:stop], step).items():
+            assert found == FileSum().then(path.read_bytes())
 
 
 def read(tiles: Tiles, region: Region, *, strict: bool = True) -> np.ndarray:
