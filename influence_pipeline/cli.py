@@ -97,8 +97,16 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 @app.callback()
 def _main() -> None:
     terminal = logging.StreamHandler()
-    # Warnings, and how solvers fared; what a log file gets beyond that is for the file alone.
-    terminal.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("stages"))
+    said = set[str]()
+
+    def is_news(record: logging.LogRecord) -> bool:
+        """Have warnings said, and once how solvers fared; what a log file gets beyond that is for the file alone."""
+        text, known = record.getMessage(), len(said)
+        if record.name.startswith("stages"):
+            said.add(text)
+        return record.levelno >= logging.WARNING or len(said) > known
+
+    terminal.addFilter(is_news)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[terminal])
     logging.getLogger("stages").setLevel(logging.INFO)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import influence_pipeline as ip
+from influence_pipeline import cli
 from influence_pipeline.cli import app
 from tests import tiny
 from tests.conftest import ROOT
@@ -276,3 +278,17 @@ def test_what_needs_neither_model_nor_data_needs_no_pytorch(invoke: Invoke, proj
         assert said in done.stdout
     assert all(project.with_name(f"out.{form}").stat().st_size for form in ("csv", "json", "npy"))
     assert not list((project.parent / "runs").glob("influence/holdout-*"))
+
+
+def test_the_terminal_gets_warnings_and_each_message_of_the_stages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: list[logging.Handler] = []
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: handlers.extend(options["handlers"]))
+    cli._main()
+    (terminal,) = handlers
+
+    def shown(name: str, level: int, text: str) -> bool:
+        return bool(terminal.filter(logging.LogRecord(name, level, "", 0, text, None, None)))
+
+    assert [shown("stages.grad_z.choose", logging.INFO, text) for text in ("a", "b", "a")] == [True, True, False]
+    assert [shown("influence_pipeline.runner", logging.WARNING, "a") for _ in range(2)] == [True, True]
+    assert not shown("influence_pipeline.runner", logging.INFO, "c")
