@@ -452,7 +452,7 @@ class Plan:
             unknown = list(dict.fromkeys(plan.stage for plan in missing if plan.timing is None))
             beside = f", and {', '.join(unknown)}, which could not be measured" if unknown else ""
             held = f"a process holds about {show_bytes(self.peak_bytes)} at most"
-            lines.append(f"to go: about {show_seconds(self.seconds)}{beside}; {held}")
+            lines.append(f"to go: about {show_seconds(self.seconds)} of computing{beside}; {held}")
         return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from joblib.externals.loky import get_reusable_executor, reusable_executor
+from joblib.externals.loky import reusable_executor
 
 import influence_pipeline as ip
 from influence_pipeline import plan
@@ -21,6 +21,24 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("fixed")
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="what takes long too, and faults as often as it takes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked as thorough where it was not asked for."""
+    if not config.getoption("--thorough"):
+        left = [item for item in items if item.get_closest_marker("thorough") is not None]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item.get_closest_marker("thorough") is None]
+
+
+@pytest.fixture(scope="session")
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Return whether tests that try something at random are to try it as often as it takes."""
+    return bool(request.config.getoption("--thorough"))
 
 
 @pytest.fixture(scope="session")
@@ -97,15 +115,19 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def new_workers() -> None:
     """Have worker processes started anew, which have no small blocks yet."""
-    get_reusable_executor().shutdown(wait=True, kill_workers=True)
+    end_workers()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def no_workers_left() -> Iterator[None]:
-    """Leave no worker processes to the next module."""
+    """Leave no worker processes behind; each module uses those of the one before, since they take seconds to start."""
     yield
+    end_workers()
+
+
+def end_workers() -> None:
     if reusable_executor._executor is not None:
-        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+        reusable_executor._executor.shutdown(wait=True, kill_workers=True)
 
 
 EXPERIMENT = """\

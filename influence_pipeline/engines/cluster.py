@@ -200,6 +200,22 @@ class Cluster(ABC):
         return job
 
 
+def not_installed(backend: str, error: ImportError) -> str:
+    """Return what is said where the library of a backend is not here."""
+    return (
+        f'runtime.backend = "{backend}" needs {error.name or backend} ({error}): pip install '
+        f'"influence-pipeline[{backend}]", here and where the workers are'
+    )
+
+
+def no_answer(address: str, what: str, error: Exception, start: str) -> str:
+    """Return what is said where there is no cluster at an address."""
+    return (
+        f"runtime.address = {address!r}: no {what} answers there ({error}). Start one with `{start}`, which says its "
+        "address"
+    )
+
+
 def _has(job: Job, workers: Mapping[str, int]) -> bool:
     """Say whether a block is, or may yet be, computed by the worker that has it."""
     return job.worker in workers and (workers[job.worker] > 0 or job.claim.held())

@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 from influence_pipeline.cache import claims
-from influence_pipeline.engines.cluster import ANSWERS, KEPT, Cluster, Lost
+from influence_pipeline.engines.cluster import ANSWERS, KEPT, Cluster, Lost, no_answer, not_installed
 from influence_pipeline.engines.worker import Answer, block_on_cluster
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.settings import RuntimeSettings
@@ -29,20 +29,14 @@ class Dask(Cluster):
         try:
             from distributed import Client
         except ImportError as error:
-            raise RequestError(
-                f'runtime.backend = "dask" needs distributed ({error}): pip install "influence-pipeline[dask]", here '
-                "and where the workers are"
-            ) from error
+            raise RequestError(not_installed("dask", error)) from error
         self.name, self.remedy = f"the dask scheduler at {address}", f"start some with `dask worker {address}`"
         try:
             with ThreadPoolExecutor(1) as own:  # where no loop is running, as there is in a notebook
                 own.submit(asyncio.run, asyncio.wait_for(_known(address), ANSWERS)).result()
             self._client = Client(address, timeout=ANSWERS, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
-            raise RequestError(
-                f"runtime.address = {address!r}: no dask scheduler answers there ({error}). Start one with `dask "
-                "scheduler`, which says its address"
-            ) from error
+            raise RequestError(no_answer(address, "dask scheduler", error, "dask scheduler")) from error
 
     @property
     def connected(self) -> bool:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from influence_pipeline.engines.cluster import ANSWERS, KEPT, MOST_LOST, Cluster, Lost
+from influence_pipeline.engines.cluster import ANSWERS, KEPT, MOST_LOST, Cluster, Lost, no_answer, not_installed
 from influence_pipeline.engines.worker import Answer, block_on_cluster
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.settings import RuntimeSettings
@@ -56,10 +56,7 @@ class Ray(Cluster):
         try:
             import ray
         except ImportError as error:
-            raise RequestError(
-                f'runtime.backend = "ray" needs ray ({error}): pip install "influence-pipeline[ray]", here and where '
-                "the workers are"
-            ) from error
+            raise RequestError(not_installed("ray", error)) from error
         self.name, self.remedy = f"the ray cluster at {address}", f"start some with `ray start --address={address}`"
         self._ray, self._most = ray, runtime.workers or 0
         self._gpus = runtime.device == "auto" or runtime.device.startswith("cuda")
@@ -70,10 +67,7 @@ class Ray(Cluster):
             with _same_signals():
                 ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise RequestError(
-                f"runtime.address = {address!r}: no ray cluster answers there ({error}). Start one with `ray start "
-                "--head`, which says its address"
-            ) from error
+            raise RequestError(no_answer(address, "ray cluster", error, "ray start --head")) from error
 
     @property
     def connected(self) -> bool:

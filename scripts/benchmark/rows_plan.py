@@ -1,7 +1,10 @@
 """Plans: seconds, bytes and memory that ``plan --measure`` says of the examples, against what a run then takes.
 
 As a program, ``python rows_plan.py plan FILE.toml`` measures a plan and ``run FILE.toml`` goes on with what is left;
-each prints its figures. They run in processes of their own, so that memory is that of the whole process.
+each prints its figures. They run in processes of their own, so that memory is that of the whole process. A plan says
+the seconds of computing: what a run takes that has nothing to compute (PyTorch, model and data are loaded, and looked
+at) is added to them. Where nothing is left once blocks of each stage were measured, there is nothing to compare but
+the disk.
 """
 
 from __future__ import annotations
@@ -75,7 +78,7 @@ def in_child(what: str, settings: Path) -> Took:
 
 @cache
 def measured(bench: Bench) -> dict[str, tuple[Took, Took]]:
-    """Return what was said and what was taken for each example."""
+    """Return what was said and what was taken for each example; of those with nothing left, only on disk."""
     found = {}
     for name in bench.size(EXAMPLES, EXAMPLES[:1]):
         if not (SCRIPTS / "weights" / f"{name}.pt").is_file():
@@ -89,7 +92,12 @@ def measured(bench: Bench) -> dict[str, tuple[Took, Took]]:
         ]
         settings = bench.folder / f"{name}.toml"
         settings.write_text("\n".join([*head, *kept]), encoding="utf-8")
-        found[name] = in_child("plan", settings), in_child("run", settings)
+        said, took = in_child("plan", settings), in_child("run", settings)
+        if said.seconds:
+            said = said._replace(seconds=said.seconds + in_child("run", settings).seconds)
+        else:
+            said, took = said._replace(peak=0), took._replace(peak=0, seconds=0)
+        found[name] = said, took
         shutil.rmtree(bench.folder / name)
     return found
 
@@ -97,17 +105,19 @@ def measured(bench: Bench) -> dict[str, tuple[Took, Took]]:
 def row(bench: Bench, name: str, what: str, part: int, unit: str, size: float) -> Row:
     """Return the row of the example for which a figure is furthest from what was said."""
     found = measured(bench)
-    # Of a small example nothing may be left once blocks of each stage were measured.
     off = {key: max(a[part] / b[part], b[part] / a[part]) for key, (a, b) in found.items() if a[part]}
     worst = max(off, key=off.__getitem__)
     less, more = sorted(one[part] / size for one in found[worst])
-    note = "; ".join(f"{key}: {a[part] / size:.4g} said, {b[part] / size:.4g} taken" for key, (a, b) in found.items())
+    note = "; ".join(
+        f"{key}: {a[part] / size:.4g} said, {b[part] / size:.4g} taken" if a[part] else f"{key}: nothing left"
+        for key, (a, b) in found.items()
+    )
     works = (f"{what}, {worst}: the larger of what was said and taken", "the smaller")
     return Row(name, *works, more, less, unit, 1.25, True, note)
 
 
 ROWS = {
-    "plan_seconds": lambda bench: row(bench, "plan_seconds", "seconds of what is left", 0, "s", 1),
+    "plan_seconds": lambda bench: row(bench, "plan_seconds", "seconds of a run of what is left", 0, "s", 1),
     "plan_disk": lambda bench: row(bench, "plan_disk", "bytes on disk", 1, "MiB", 2**20),
     "plan_peak": lambda bench: row(bench, "plan_peak", "memory of the process", 2, "MiB", 2**20),
 }

@@ -81,6 +81,7 @@ def test_in_each_stage_a_worker_of_dask_is_killed_and_another_stopped(
     assert left_over(settings.parent / "runs") == []
 
 
+@pytest.mark.thorough
 def test_a_worker_of_ray_is_killed_and_another_stopped(server: Server, local: dict[str, bytes], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     cluster = RayCluster(server, tmp_path / "gates")

@@ -29,6 +29,7 @@ import influence_pipeline as ip
 from influence_pipeline.cache import Group, claims
 from tests import tiny
 from tests.conftest import ROOT, remember_blocks
+from tests.marks import thoroughly
 
 EXPERIMENT = """\
 import multiprocessing
@@ -183,20 +184,22 @@ class Outcome:
 
 INTERRUPTS = [
     Case("importing", 1, 0, (INT,)),
-    Case("loading", 1, 0, (TERM,)),
     Case("samples", 1, 0, (INT,)),
     Case("writing", 1, 0, (TERM,)),
-    Case("curvature", 1, 1, (INT,), "parent"),
     Case("s_test", 1, 2, (TERM,)),
-    Case("influence", 1, 3, (INT,)),
     Case("merging", 1, 3, (TERM,)),
     Case("influence", 1, 3, (INT, INT), gap=0.05),
+    Case("starting workers", 2, 3, (INT,)),
+    Case("influence", 2, 3, (TERM,), "parent"),
+]
+FURTHER = [
+    Case("loading", 1, 0, (TERM,)),
+    Case("curvature", 1, 1, (INT,), "parent"),
+    Case("influence", 1, 3, (INT,)),
     Case("writing scores", 1, 3, (INT, INT), gap=0.05),
     Case("samples", 2, 0, (TERM,)),
-    Case("starting workers", 2, 3, (INT,)),
     Case("loading in a worker", 2, 3, (INT,)),
     Case("writing scores", 2, 3, (INT,)),
-    Case("influence", 2, 3, (TERM,), "parent"),
     Case("influence", 2, 3, (INT, INT), gap=0.05),
 ]
 WORKER_KILLED = [Case("writing scores", 2, 3, (KILL,), "worker")]
@@ -338,7 +341,7 @@ KEPT = {
 """Blocks of the four stages that are there at a moment, where one process computes them in order."""
 
 
-@pytest.mark.parametrize("case", INTERRUPTS, ids=str)
+@pytest.mark.parametrize("case", [*INTERRUPTS, *thoroughly(FURTHER)], ids=str)
 def test_an_interrupted_run_ends_at_once_keeps_its_blocks_and_goes_on(
     case: Case, outcome: Outcome, finished: Path
 ) -> None:
@@ -373,7 +376,7 @@ def test_a_killed_worker_is_an_error_that_says_so_and_the_next_run_goes_on(
     goes_on(outcome, finished)
 
 
-@pytest.mark.parametrize("case", PARENT_KILLED, ids=str)
+@pytest.mark.parametrize("case", [PARENT_KILLED[0], *thoroughly(PARENT_KILLED[1:])], ids=str)
 def test_workers_of_a_killed_run_go_away_and_the_next_run_takes_over_their_claims(
     case: Case, outcome: Outcome, finished: Path
 ) -> None:

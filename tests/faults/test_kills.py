@@ -13,20 +13,29 @@ from tests.faults import kills
 from tests.faults.children import Server
 from tests.faults.kills import END, Reference, Tally, left_over
 
-FORKED, NEW, IN_EACH_STAGE = 57, 3, 4
+FORKED, NEW, IN_EACH_STAGE = 24, 2, 2
+"""Kills of forks and of new processes; and in each stage, at least."""
+THOROUGH = 8
+"""How often all that, where it is to be thorough."""
 
 
 @pytest.fixture(scope="module")
-def killed(server: Server, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Tally:
+def times(thorough: bool) -> int:
+    return THOROUGH if thorough else 1
+
+
+@pytest.fixture(scope="module")
+def killed(server: Server, reference: Reference, tmp_path_factory: pytest.TempPathFactory, times: int) -> Tally:
     """Return what came of runs that were killed at random moments."""
-    return kills.many(server, reference, tmp_path_factory.mktemp("kills"), FORKED, NEW, IN_EACH_STAGE)
+    counts = [times * count for count in (FORKED, NEW, IN_EACH_STAGE)]
+    return kills.many(server, reference, tmp_path_factory.mktemp("kills"), *counts)
 
 
-def test_kills_hit_and_are_spread_over_all_stages(killed: Tally) -> None:
-    assert killed.tried >= FORKED + NEW
+def test_kills_hit_and_are_spread_over_all_stages(killed: Tally, times: int) -> None:
+    assert killed.tried >= times * (FORKED + NEW)
     assert sum(killed.kinds[stage] for stage in (*STAGES, END)) == killed.tried
     for stage in STAGES:
-        assert killed.kinds[stage] >= IN_EACH_STAGE, killed.kinds
+        assert killed.kinds[stage] >= times * IN_EACH_STAGE, killed.kinds
 
 
 def test_finished_blocks_stay_and_the_last_run_makes_the_same_bytes(killed: Tally) -> None:

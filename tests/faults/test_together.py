@@ -23,17 +23,22 @@ from tests.faults import together
 from tests.faults.children import Child, Server
 from tests.faults.kills import RUN, Reference, Tally, left_over, read_events
 
-ROUNDS = 16
+ROUNDS, THOROUGH = 10, 50
 
 
 @pytest.fixture(scope="module")
-def shared(server: Server, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Tally:
+def rounds(thorough: bool) -> int:
+    return THOROUGH if thorough else ROUNDS
+
+
+@pytest.fixture(scope="module")
+def shared(server: Server, reference: Reference, tmp_path_factory: pytest.TempPathFactory, rounds: int) -> Tally:
     """Return what came of processes that ran at the same time."""
-    return together.many(server, reference, tmp_path_factory.mktemp("together"), ROUNDS)
+    return together.many(server, reference, tmp_path_factory.mktemp("together"), rounds)
 
 
-def test_everything_was_tried(shared: Tally) -> None:
-    assert shared.tried == ROUNDS
+def test_everything_was_tried(shared: Tally, rounds: int) -> None:
+    assert shared.tried == rounds
     assert all(shared.kinds[kind] for kind in together.KINDS)
 
 

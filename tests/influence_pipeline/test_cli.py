@@ -93,7 +93,7 @@ def test_a_plan_that_measures_says_seconds_and_keeps_blocks(invoke: Invoke, proj
         r"measured: 2 blocks in [\d.]+ s; about [\d.]+ s to go; the process held [\d.]+ .?i?B at most", result.stdout
     )
     assert re.search(
-        r"^to go: about [\d.]+ s; a process holds about [\d.]+ .?i?B at most$", result.stdout, re.MULTILINE
+        r"^to go: about [\d.]+ s of computing; a process holds about [\d.]+ .?i?B at most$", result.stdout, re.MULTILINE
     )
     assert "2 of 4 blocks computed" in invoke("grad-z", project).stdout
 

@@ -14,7 +14,7 @@ import pytest
 
 import influence_pipeline as ip
 from influence_pipeline.cache import Group, claims
-from influence_pipeline.engines import cluster, worker
+from influence_pipeline.engines import cluster, count, worker
 from influence_pipeline.engines.cluster import Cluster, Lost
 from influence_pipeline.engines.worker import Answer, Order
 from influence_pipeline.experiment import forget_files, load
@@ -220,3 +220,22 @@ def test_what_a_file_imports_of_its_folder_is_loaded_anew_for_the_next_run(tmp_p
     assert load(f"{file}:experiment").train_name == "three"
     forget_files()
     assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize(("backend", "library"), [("dask", "distributed"), ("ray", "ray")])
+def test_a_backend_whose_library_is_not_here_says_what_to_install(
+    backend: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    runtime = tiny.settings(runtime={"backend": backend, "address": "127.0.0.1:1"}).runtime
+    message = rf'runtime.backend = "{backend}" needs {library} .*pip install "influence-pipeline\[{backend}\]"'
+    with pytest.raises(ip.RequestError, match=message):
+        count(runtime)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1"])
+def test_where_no_ray_cluster_answers_this_is_said_at_once(address: str) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    runtime = tiny.settings(runtime={"backend": "ray", "address": address}).runtime
+    with pytest.raises(ip.RequestError, match=f"runtime.address = '{address}': no ray cluster answers there"):
+        count(runtime)

@@ -135,7 +135,7 @@ def test_an_interrupted_preparation_goes_on_with_the_next_block(
     assert tiny.files(cache) == tiny.files(tmp_path / "whole")
 
 
-def test_workers_give_the_same_bytes(make: Make, project: Path, new_workers: None, tmp_path: Path) -> None:
+def test_workers_give_the_same_bytes(make: Make, project: Path, tmp_path: Path) -> None:
     for form in ("samples", "rank"):
         sections = SETTINGS[form]
         text = project.read_text().replace('"runs"', f'"{form}"').replace("[runtime]", "[runtime]\nworkers = 2")

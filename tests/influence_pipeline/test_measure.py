@@ -77,7 +77,7 @@ def test_measured_blocks_are_kept_and_not_computed_again(
         assert stage.seconds > 0 or stage.complete
         assert bool(stage.timing.stand_in) == (stage.stage == "influence" or (stage.stage == "s_test" and part))
         assert stage.timing.peak_bytes > 2**26, "Python and PyTorch are part of what a process holds"
-    assert f"to go: about {found.seconds:.1f} s; a process holds about " in str(found)
+    assert f"to go: about {found.seconds:.1f} s of computing; a process holds about " in str(found)
     assert found.peak_bytes == max(stage.timing.peak_bytes for stage in found.stages if stage.timing)
     assert ("not kept" in str(found["s_test"])) == part
     computed.clear()

@@ -22,6 +22,7 @@ from influence_pipeline import peak as memory
 from stages.device_batch import DeviceBatch
 from stages.grad_z import PerSample
 from stages.grad_z.choose import choosing_bytes
+from tests.marks import thoroughly
 
 
 def pipeline(folder: Path, tests: int) -> ip.Pipeline:
@@ -236,10 +237,12 @@ def solving_for_samples(folder: Path) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "stage",
     [
-        *("grad_z", "activations", "choosing", "probes", "newton", "s_test", "self_influence", "influence"),
-        *(f"fisher {stage} {form}" for stage in ("curvature", "s_test") for form in FISHER),
-        *KRONECKER,
-        *("nystrom curvature", "nystrom s_test"),
+        *("grad_z", "s_test", "influence", "eigenvalues", "nystrom s_test"),
+        *thoroughly([
+            *("activations", "choosing", "probes", "newton", "self_influence"),
+            *(f"fisher {stage} {form}" for stage in ("curvature", "s_test") for form in FISHER),
+            *("factors", "eigenbasis", "nystrom curvature"),
+        ]),
     ],
 )
 def test_a_stage_holds_what_the_plan_says(tmp_path: Path, stage: str) -> None:

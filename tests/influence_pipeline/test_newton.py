@@ -187,7 +187,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert tiny.files(cache) == tiny.files(tmp_path / "whole")
 
 
-def test_workers_give_the_same_bytes(make: Make, cache: Path, tmp_path: Path, new_workers: None) -> None:
+def test_workers_give_the_same_bytes(make: Make, cache: Path, tmp_path: Path) -> None:
     make(tmp_path / "one", **CORRECTED).run()
     make(**CORRECTED, runtime={"workers": 2}).run()
     assert tiny.files(cache) == tiny.files(tmp_path / "one")

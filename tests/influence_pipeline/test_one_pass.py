@@ -143,7 +143,7 @@ def test_gradients_that_are_not_kept_are_computed_once_for_all_sets(
         np.testing.assert_array_equal(found[name].scores[...], scores.scores[...])
 
 
-def test_two_workers_score_all_sets_in_one_pass(make: Pipelines, cache: Path, new_workers: None) -> None:
+def test_two_workers_score_all_sets_in_one_pass(make: Pipelines, cache: Path) -> None:
     expected = alone(make, cache)
     make(runtime={"workers": 2}).run()
     assert tiny.files(cache) == expected

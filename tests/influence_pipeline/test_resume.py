@@ -21,6 +21,7 @@ from stages.s_test.prepare import Prepare
 from stages.stage import Block
 from tests import tiny
 from tests.conftest import ROOT
+from tests.marks import thoroughly
 
 Make = Callable[..., ip.Pipeline]
 Ask = Callable[..., dict[str, Any]]
@@ -54,7 +55,7 @@ def reference(ask: Ask, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     return tiny.files(folder), said
 
 
-@pytest.mark.parametrize("moment", range(KILLS))
+@pytest.mark.parametrize("moment", [*range(0, KILLS, 4), *thoroughly(m for m in range(KILLS) if m % 4)])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     ask: Ask, reference: tuple[dict[str, bytes], dict[str, Any]], cache: Path, moment: int
 ) -> None:

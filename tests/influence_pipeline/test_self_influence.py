@@ -169,7 +169,7 @@ def test_blocks_are_the_bands_of_gradients_and_an_interrupted_one_goes_on_to_the
     assert tiny.files(other / "self_influence") == tiny.files(solved / "self_influence")
 
 
-def test_two_workers_write_the_bytes_of_one(project: Path, new_workers: None) -> None:
+def test_two_workers_write_the_bytes_of_one(project: Path) -> None:
     pipeline = ip.Pipeline.from_toml(project)
     pipeline.grad_z()
     pipeline.self_influence()

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import thoroughly
+
 RUN = Path(__file__).parents[2] / "scripts" / "benchmark" / "run.py"
 
 
+FEW = ("influence_cold_8", "further_tests")
 ROWS = (
     *("grad_z_loop", "influence_cold_8", "further_tests", "lissa_32", "resume", "wide", "projection_identity"),
     *("plan_seconds", "plan_disk", "plan_peak"),
@@ -21,15 +24,16 @@ ROWS = (
 """Rows of every module but ``nothing_to_do``, which has one row alone."""
 
 
-def test_rows_of_every_module_print(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [FEW, *thoroughly([ROWS])], ids=["few", "of every module"])
+def test_rows_print(tmp_path: Path, names: tuple[str, ...]) -> None:
     figures = tmp_path / "figures.json"
-    only = [argument for name in ROWS for argument in ("--only", name)]
+    only = [argument for name in names for argument in ("--only", name)]
     command = [sys.executable, str(RUN), "--quick", "--folder", str(tmp_path), "--json", str(figures), *only]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert {line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]} == set(ROWS)
+    assert {line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]} == set(names)
     rows = json.loads(figures.read_text())["rows"]
-    assert {row["name"] for row in rows} == set(ROWS)
+    assert {row["name"] for row in rows} == set(names)
     assert all(row["ours"] > 0 and row["theirs"] > 0 for row in rows)
 
 
@@ -50,6 +54,7 @@ def test_unknown_row() -> None:
     assert "no row 'grad'" in done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium on PATH: apt-get install chromium")
 def test_the_page_is_written_and_opened() -> None:
     command = [sys.executable, str(RUN.with_name("page.py")), "--tests", "12", "--times", "1"]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import influence_pipeline as ip
+from tests.marks import thoroughly
 
 FIGURES = Path(__file__).parents[2] / "scripts" / "figures"
 MODULES = (
@@ -69,6 +70,7 @@ def test_optimum_is_one_from_wherever_training_begins(figures: Any) -> None:
     assert again.gradient().abs().max() > 1e-3, "the sample that was left out makes no difference"
 
 
+@pytest.mark.thorough
 def test_left_out(figures: Any, folder: Path) -> None:
     """Predictions are of the samples with the largest influence, and right where the model is convex."""
     exact, stochastic, network = figures.left_out.panels(quick(figures.left_out, folder))
@@ -187,7 +189,7 @@ def test_differences_have_their_standard_error(
     assert figures.removal.difference(np.array(first), np.array(second)) == said
 
 
-@pytest.mark.parametrize("name", ["left_out", "similarity", "mislabelled", "removal"])
+@pytest.mark.parametrize("name", ["similarity", "mislabelled", "removal", *thoroughly(["left_out"])])
 def test_figure_is_drawn(figures: Any, folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """And is small; the table comes first. What the other tests computed is there already."""
     pytest.importorskip("matplotlib")

@@ -16,6 +16,7 @@ import pytest
 import influence_pipeline as ip
 from tests import tiny
 from tests.conftest import ROOT
+from tests.marks import thoroughly
 
 TASKS = 3
 SCONTROL = """\
@@ -129,7 +130,7 @@ def whole(folder: Path) -> dict[str, bytes]:
     return tiny.files(folder / "whole")
 
 
-@pytest.mark.parametrize("shares", ["claimed", "fixed"])
+@pytest.mark.parametrize("shares", ["claimed", *thoroughly(["fixed"])])
 def test_tasks_that_are_stopped_go_on_when_they_are_queued_again(
     cluster: Path, queue: Callable[..., subprocess.Popen[bytes]], shares: str
 ) -> None:
