@@ -91,6 +91,17 @@ class Server:
         with urllib.request.urlopen(request):
             return f"s3://{name}"
 
+    def put(self, url: str, data: bytes) -> None:
+        """Write an object as another process does."""
+        address = f"http://127.0.0.1:{self.port}/{url.removeprefix('s3://')}"
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Authorization": "AWS4-HMAC-SHA256 Credential=another/20200101/us-east-1/s3/aws4_request",
+        }
+        request = urllib.request.Request(address, data, headers, method="PUT")
+        with urllib.request.urlopen(request):
+            pass
+
     def fault(self, method: str, path: str) -> str:
         with self.lock:
             self.requests.append((method, path))

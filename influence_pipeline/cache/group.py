@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,8 +85,10 @@ class Group:
         files = files_at(path)
         if not files.exists(DESCRIPTION):
             with files.laying_out(DESCRIPTION) as new:
-                for name, described in _descriptions(layout, attributes).items():
-                    write_description(new, name, described)
+                *arrays, own = _descriptions(layout, attributes).items()
+                for _ in new.together([partial(write_description, new, *described) for described in arrays]):
+                    pass
+                write_description(new, *own)
         return cls(path)
 
     @property
@@ -546,7 +549,7 @@ class Group:
 
     def _merged_content(self, inputs: bytes) -> bytes:
         """Return a digest of what merged files hold, of one size however many files growth makes of them."""
-        sums = [self._sum(name) for name in self.layout.merged_files()]
+        sums = self._files.together([partial(self._sum, name) for name in self.layout.merged_files()])
         return digest([inputs, *(f"{s.length} {s.checksum};".encode() for s in sums)])
 
     def _remove(self, names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import random
 import tempfile
@@ -23,7 +24,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
-from influence_pipeline.cache.store import PART, Files, Found, Growing, Ranges
+from influence_pipeline.cache.store import PART, Files, Found, Growing, Ranges, Rewritten
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.location import Location, ObjectPath, without_secrets
 
@@ -47,7 +48,10 @@ SPOOLED = 2**20
 """Bytes of an object that is written part by part, up to which these are kept in memory."""
 CONTENDED = 5
 """Times that a claim is tried for that others make and bury meanwhile."""
-KEPT_TAILS = 4096
+KEPT = 4096
+"""Objects of which something is known without a request."""
+DESCRIBED = 5.0
+"""Seconds for which descriptions are known, unless something is claimed meanwhile: each is read many times in a run."""
 ASKED_ONE_BY_ONE = 8
 """Objects whose lengths are asked for one by one; of more, all that there are are listed."""
 MOST_SAID = 300
@@ -73,7 +77,10 @@ class ObjectFiles(Files):
 
     def read(self, name: str) -> bytes:
         """Return what an object has."""
-        return self._got(name)[0]
+        if not _describes(name):
+            return self._got(name)[0]
+        known = _descriptions.get(self._id(name))
+        return _descriptions.read(self._id(name), lambda: self._got(name)[0]) if known is None else known
 
     def read_all(self, names: Sequence[str]) -> Iterator[bytes | None]:
         """Yield what objects have, None for each that is not there."""
@@ -97,7 +104,7 @@ class ObjectFiles(Files):
         for start in range(0, known["size"], PART):
             try:
                 yield self._part(name, start, min(start + PART, known["size"]), known["e_tag"])
-            except ValueError as error:
+            except Rewritten as error:
                 raise WorkError(f"{error}: try again") from None
 
     def together(self, requests: Sequence[Callable[[], Answer]]) -> Iterator[Answer]:
@@ -111,12 +118,10 @@ class ObjectFiles(Files):
 
     def tail(self, name: str, size: int) -> tuple[bytes, str | None]:
         """Return the last bytes of an object, and its etag; what was asked before is known."""
-        key = self._folder.root, self._key(name), size
-        known = _tails.get(key)
-        if known is None:
-            known = self._got(name, {"range": {"suffix": size}})
-            _tails.put(key, known)
-        return known
+        known = _tails.get(self._id(name))
+        if known is None or known[0] != size:
+            known = _tails.read(self._id(name), lambda: (size, *self._got(name, {"range": {"suffix": size}})))
+        return known[1], known[2]
 
     def parts(self, name: str, places: Sequence[tuple[int, int]], etag: str | None) -> Iterator[bytes]:
         """Yield what is at each offset, of a length, with a request for each run of them."""
@@ -138,20 +143,22 @@ class ObjectFiles(Files):
         """Return some bytes of an object that is still the one with this etag.
 
         Raises:
-            ValueError: it is another one now.
+            Rewritten: it is another one now.
         """
         from obstore.exceptions import PreconditionError
 
         try:
             return self._got(name, {"range": (start, stop), **({"if_match": etag} if etag else {})})[0]
         except PreconditionError:
-            _tails.drop(self._key(name))
-            raise ValueError(f"{self._folder / name} was written anew while it was read") from None
+            _tails.drop(self._id(name))
+            raise Rewritten(f"{self._folder / name} was written anew while it was read") from None
 
     def length(self, name: str) -> int:
         """Return the length of an object in bytes, 0 where there is none."""
         import obstore
 
+        if _describes(name) and (known := _descriptions.get(self._id(name))) is not None:
+            return len(known)
         try:
             return int(self._asked(name, lambda: obstore.head(self._store, self._key(name)))["size"])
         except FileNotFoundError:
@@ -168,6 +175,8 @@ class ObjectFiles(Files):
         """Say whether there is an object."""
         import obstore
 
+        if _describes(name) and _descriptions.get(self._id(name)) is not None:
+            return True
         try:
             self._asked(name, lambda: obstore.head(self._store, self._key(name)))
         except FileNotFoundError:
@@ -289,7 +298,9 @@ class ObjectFiles(Files):
                     return True
             return False
 
-        return self._written(name, put)
+        made = self._written(name, put)
+        _descriptions.drop()  # whoever has a claim sees what is there now
+        return made
 
     def look(self, name: str) -> tuple[bytes, Any] | None:
         """Return what an object has, and its version; None where there is none, or one that was buried."""
@@ -325,6 +336,9 @@ class ObjectFiles(Files):
     def _key(self, name: str) -> str:
         return f"{self._prefix}{name}" if name else self._folder.key
 
+    def _id(self, name: str) -> tuple[str, str]:
+        return self._folder.root, self._key(name)
+
     def _got(self, name: str, options: Any = None) -> tuple[bytes, str | None]:
         import obstore
 
@@ -354,7 +368,11 @@ class ObjectFiles(Files):
         Raises:
             OSError: the store does not answer, or refuses.
         """
-        return self._again(name, request)
+        try:
+            return self._again(name, request)
+        finally:
+            _tails.drop(self._id(name))
+            _descriptions.drop(self._id(name))
 
     def _again(self, name: str, request: Callable[[], Answer]) -> Answer:
         """Make a request, and again where it failed for a reason that may pass.
@@ -415,32 +433,45 @@ class _ObjectGrowing(Growing):
         self._file.close()
 
 
-class _Tails:
-    """The last bytes of objects, with the etag under which these are theirs; what was used last is kept."""
+class _Known:
+    """What was read of objects, by their roots and keys: of those that were used last, until they are written here."""
 
-    def __init__(self) -> None:
-        self._known: OrderedDict[tuple[str, str, int], tuple[bytes, str | None]] = OrderedDict()
+    def __init__(self, seconds: float = math.inf) -> None:
+        """Keep things for some seconds."""
+        self._seconds = seconds
+        self._known: OrderedDict[tuple[str, str], tuple[float, Any]] = OrderedDict()
+        self._drops = 0
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[str, str, int]) -> tuple[bytes, str | None] | None:
+    def get(self, key: tuple[str, str]) -> Any:
+        """Return what is known of an object, None where nothing is."""
         with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-            return self._known.get(key)
+            if key not in self._known:
+                return None
+            self._known.move_to_end(key)
+            read, found = self._known[key]
+            return found if time.monotonic() - read <= self._seconds else None
 
-    def put(self, key: tuple[str, str, int], found: tuple[bytes, str | None]) -> None:
+    def read(self, key: tuple[str, str], read: Callable[[], Answer]) -> Answer:
+        """Read something of an object, and keep it if nothing was written meanwhile."""
+        drops, began = self._drops, time.monotonic()
+        found = read()
         with self._lock:
-            self._known[key] = found
-            while len(self._known) > KEPT_TAILS:
+            if drops == self._drops:
+                self._known[key] = began, found
+            while len(self._known) > KEPT:
                 self._known.popitem(last=False)
+        return found
 
-    def drop(self, name: str) -> None:
+    def drop(self, *keys: tuple[str, str]) -> None:
+        """Forget some objects, by default all."""
         with self._lock:
-            for key in [key for key in self._known if key[1] == name]:
-                del self._known[key]
+            self._drops += 1
+            for key in keys or tuple(self._known):
+                self._known.pop(key, None)
 
 
-_tails = _Tails()
+_tails, _descriptions = _Known(), _Known(DESCRIBED)
 
 
 def refuse_unreachable(place: ObjectPath) -> None:
@@ -512,6 +543,10 @@ def _store(root: str, patience: float) -> Any:
         )
     except (BaseError, ValueError) as error:
         raise RequestError(f"cache {root} cannot be used: {_said(error)}") from None
+
+
+def _describes(name: str) -> bool:
+    return name.endswith("zarr.json")
 
 
 def _mode(mark: Any) -> Any:

@@ -36,6 +36,10 @@ class Found(NamedTuple):
     written: float
 
 
+class Rewritten(ValueError):
+    """A file was written anew while parts of it were read."""
+
+
 class Ranges(Protocol):
     """A file while parts of it are read."""
 

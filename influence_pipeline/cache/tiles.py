@@ -24,7 +24,7 @@ from numcodecs import blosc
 
 from influence_pipeline.cache.encoding import convert
 from influence_pipeline.cache.record import FileSum
-from influence_pipeline.cache.store import Files, Ranges, files_at
+from influence_pipeline.cache.store import Files, Ranges, Rewritten, files_at
 from influence_pipeline.location import Location
 from stages.stage import Array
 from stages.threads import Threads, own_memory
@@ -115,17 +115,34 @@ class Tiles:
             ValueError: a file is damaged.
         """
         for number, part in cells(region, self.file_shape):
+            place = out[within(part, region)]
             try:
                 known = fetched.get(number) if fetched else None
-                with self.files.reading(file_name(number)) if known is None else nullcontext(known) as file:
-                    for position, cell, tile in self._tiles(file, number, part, strict=strict):
-                        corner = [p * t for p, t in zip(position, self.tile_shape, strict=True)]
-                        piece = tile[tuple(slice(c.start - o, c.stop - o) for c, o in zip(cell, corner, strict=True))]
-                        decoded(piece, cell, out[within(cell, region)])
+                try:
+                    self._read_file(number, part, place, decoded, known, strict=strict)
+                except Rewritten:  # what was known of where its tiles are was of the file before
+                    self._read_file(number, part, place, decoded, strict=strict)
             except FileNotFoundError:
                 if strict:
                     raise
-                out[within(part, region)] = self.fill
+                place[...] = self.fill
+
+    def _read_file(
+        self,
+        number: Sequence[int],
+        part: Region,
+        out: Array,
+        decoded: Callable[[Array, Region, Array], None],
+        known: _FetchedRanges | None = None,
+        *,
+        strict: bool,
+    ) -> None:
+        """Read what a region has of one file."""
+        with self.files.reading(file_name(number)) if known is None else nullcontext(known) as file:
+            for position, cell, tile in self._tiles(file, number, part, strict=strict):
+                corner = [p * t for p, t in zip(position, self.tile_shape, strict=True)]
+                piece = tile[tuple(slice(c.start - o, c.stop - o) for c, o in zip(cell, corner, strict=True))]
+                decoded(piece, cell, out[within(cell, part)])
 
     def _tiles(
         self, file: Ranges | _FetchedRanges, number: Sequence[int], part: Region, *, strict: bool

@@ -38,12 +38,17 @@ from influence_pipeline.cache import objects  # noqa: E402
 from influence_pipeline.cache.store import files_at  # noqa: E402
 from influence_pipeline.location import located  # noqa: E402
 
-TIMES = 5
+TIMES = 3
+LARGER = 4
+"""How many times as many samples the second size has."""
 
 
 def latency(samples: int, tests: int, delay: float) -> None:
-    """Time ``influence`` from a folder, from memory, and from memory with a delay, in turn."""
-    folder, url = Path(tempfile.mkdtemp(prefix="objects_")), "memory://benchmark/cache"
+    """Time ``influence`` from a folder, from memory, and from memory with a delay, in turn, at two sizes.
+
+    What a run asks for once, whatever its size, is in both; the difference is what reading more takes.
+    """
+    folder, url = Path(tempfile.mkdtemp(prefix="objects_")), "memory://benchmark"
     again = objects.ObjectFiles._again
     pause = 0.0
 
@@ -52,33 +57,39 @@ def latency(samples: int, tests: int, delay: float) -> None:
         return again(files, name, request)
 
     objects.ObjectFiles._again = delayed  # type: ignore[method-assign]
+    found: list[tuple[float, dict[str, float]]] = []
     try:
-        experiment = workload.experiment(samples, {"holdout": tests})
-        here = ip.Pipeline(experiment, folder / "cache", workload.settings())
-        here.grad_z()
-        here.s_test("holdout")
-        there = ip.Pipeline(experiment, url, workload.settings())
-        source, target = files_at(folder / "cache"), files_at(located(url))
-        for found in list(source.walk()):
-            target.put(found.name, source.read(found.name))
-        size = 4e-9 * samples * next(here.cache.groups("grad_z")).rows("gradients").shape[1]
-        seconds: dict[str, list[float]] = {"folder": [], "memory": [], f"memory + {1e3 * delay:.0f} ms": []}
-        for _ in range(TIMES + 1):
+        for count in (samples, LARGER * samples):
+            experiment = workload.experiment(count, {"holdout": tests})
+            here = ip.Pipeline(experiment, folder / str(count), workload.settings())
+            here.grad_z()
+            here.s_test("holdout")
+            there = ip.Pipeline(experiment, f"{url}/{count}", workload.settings())
+            source, target = files_at(folder / str(count)), files_at(located(f"{url}/{count}"))
+            for file in list(source.walk()):
+                target.put(file.name, source.read(file.name))
+            size = 4e-9 * count * next(here.cache.groups("grad_z")).rows("gradients").shape[1]
+            seconds: dict[str, list[float]] = {"folder": [], "memory": [], f"memory + {1e3 * delay:.0f} ms": []}
+            for _ in range(TIMES + 1):
+                for name, took in seconds.items():
+                    pipeline = here if name == "folder" else there
+                    for group in pipeline.cache.paths("influence"):
+                        pipeline.cache.remove(group)
+                    pause = delay if "+" in name else 0.0
+                    began = time.perf_counter()
+                    pipeline.influence("holdout")
+                    took.append(time.perf_counter() - began)
+                    pause = 0.0
+            print(f"{count} samples, {tests} tests, {size:.2f} GB as float32; median of {TIMES} in turn, after a first")
+            medians = {name: statistics.median(took[1:]) for name, took in seconds.items()}
             for name, took in seconds.items():
-                pipeline = here if name == "folder" else there
-                for group in pipeline.cache.paths("influence"):
-                    pipeline.cache.remove(group)
-                pause = delay if "+" in name else 0.0
-                began = time.perf_counter()
-                pipeline.influence("holdout")
-                took.append(time.perf_counter() - began)
-                pause = 0.0
-        print(f"{samples} samples, {tests} tests, {size:.2f} GB as float32; median of {TIMES} in turn, after a first")
-        for name, took in seconds.items():
-            median = statistics.median(took[1:])
-            print(
-                f"{name:<16} {median:7.3f} s  {size / median:5.2f} GB/s   ({min(took[1:]):.3f} to {max(took[1:]):.3f})"
-            )
+                print(f"{name:<16} {medians[name]:7.3f} s   ({min(took[1:]):.3f} to {max(took[1:]):.3f})", flush=True)
+            found.append((size, medians))
+            shutil.rmtree(folder / str(count))
+        (less, before), (more, after) = found
+        print(f"{more - less:.2f} GB more")
+        for name, took in after.items():
+            print(f"{name:<16} {took - before[name]:7.3f} s  {(more - less) / (took - before[name]):5.2f} GB/s")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import influence_pipeline as ip
 from influence_pipeline import plan
 from influence_pipeline.cache import Cache, Group, Layout, claims, objects
+from influence_pipeline.cache.record import FileSum
 from influence_pipeline.cache.store import Files, files_at
 from influence_pipeline.cli import app
 from influence_pipeline.location import Location, ObjectPath, located, without_secrets
@@ -26,6 +27,7 @@ from tests.conftest import SETTINGS
 from tests.s3 import SECRETS, Fault, Server
 
 Make = Callable[..., ip.Pipeline]
+SMALL_TILES = {"TILE_ROWS": 4, "TILE_COLUMNS": 128, "TILE_ENTRIES": 512}
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
@@ -108,7 +110,7 @@ def test_what_grows_appears_whole(files: Files) -> None:
         growing.abandon()
         expected = {"appear": b"new " * 300_000 + b"end", "abandon": before}[end]
         assert files.read("grown/0") == expected
-        assert growing.length == 1_200_003
+        assert growing.sum == FileSum().then(b"new " * 300_000 + b"end")
     assert [found.name for found in files.walk()] == ["grown/0"]
 
 
@@ -205,6 +207,43 @@ def test_an_object_that_changed_while_it_was_read_is_no_mixture(s3: Server) -> N
             list(found.parts([(0, 10)]))
     with files.reading("data") as found:
         assert found.tail(10) == b"b" * 10
+
+
+def test_what_another_process_wrote_anew_is_read_whatever_was_known_of_it(
+    s3: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where tiles are in a file is kept, until it is another one."""
+    for name, value in SMALL_TILES.items():
+        monkeypatch.setattr(plan, name, value)
+    spec = ArraySpec("gradients", ("sample", "coordinate"), (32, 700))
+    layout, url = Layout(Grid((Axis("sample", 32, 16),)), [spec]), s3.bucket()
+    identity = {"identity": {}, "tests": None, "reads": {}, "stage": "grad_z"}
+    group = Cache(located(url)).create("grad_z", "key", layout, identity)
+    values = np.random.default_rng(0).standard_normal((32, 700)).astype(np.float32)
+    values[16:] = np.round(values[16:])  # compresses better: its tiles are elsewhere in the file
+    for block in layout.grid:
+        tiny.commit(group, block, {"gradients": values[block.bounds["sample"]]})
+    assert group.kept("gradients").shards
+    np.testing.assert_array_equal(group.rows("gradients")[:16], values[:16])
+    second = files_at(group.path).read("gradients/c/1/0")
+    assert len(second) != files_at(group.path).length("gradients/c/0/0")
+    s3.put(f"{group.path}/gradients/c/0/0", second)
+    np.testing.assert_array_equal(group.rows("gradients")[:16], values[16:])
+
+
+def test_descriptions_are_asked_for_once_and_anew_by_whoever_claims_something(s3: Server) -> None:
+    url = s3.bucket()
+    files = files_at(located(url))
+    s3.put(f"{url}/zarr.json", b"1")
+    s3.requests.clear()
+    for _ in range(3):
+        assert (files.read("zarr.json"), files.exists("zarr.json"), files.length("zarr.json")) == (b"1", True, 1)
+    assert len(s3.requests) == 1
+    files.put("zarr.json", b"22")
+    assert (files.read("zarr.json"), files.length("zarr.json")) == (b"22", 2)
+    s3.put(f"{url}/zarr.json", b"333")
+    assert files.create("some.claim", b"token")
+    assert files.read("zarr.json") == b"333"
 
 
 # ---- requests that fail ----------------------------------------------------------------------------------------------
@@ -418,9 +457,8 @@ def test_a_run_whose_connection_is_lost_goes_on_where_it_was(
 
 @pytest.mark.parametrize("encoding", ["float16", "float32", "int8"])
 def test_what_is_read_ahead_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
-    monkeypatch.setattr(plan, "TILE_ROWS", 4)
-    monkeypatch.setattr(plan, "TILE_COLUMNS", 128)
-    monkeypatch.setattr(plan, "TILE_ENTRIES", 512)
+    for name, value in SMALL_TILES.items():
+        monkeypatch.setattr(plan, name, value)
     axis = Axis("sample", 40, 16)
     layout = Layout(Grid((axis,)), [ArraySpec("gradients", ("sample", "coordinate"), (40, 700), "float32", encoding)])
     identity = {"identity": {}, "tests": None, "reads": {}, "stage": "grad_z"}
