@@ -35,15 +35,24 @@ def experiment():
 """Trained once: with other threads, as a worker has, the same training gives other weights."""
 
 
+QUIET = {
+    "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "1s",
+    "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "5s",
+    "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+}
+"""What has dask look at its workers less often: by default it takes their interpreter some hundred times a second."""
+
+
 @contextmanager
-def dask(folder: Path) -> Iterator[str]:
+def dask(folder: Path, quiet: bool) -> Iterator[str]:
     """Have a scheduler with workers of this machine; give its address."""
     said = folder / "scheduler.json"
+    said.unlink(missing_ok=True)
     threads = max(1, (os.cpu_count() or 1) // WORKERS)
     common = ["--no-dashboard", "--host", "127.0.0.1", "--scheduler-file", str(said)]
     own = ["--no-nanny", "--nthreads", str(threads), "--local-directory", str(folder)]
     commands = [["scheduler", *common, "--port", "0"], *[["worker", *common, *own]] * WORKERS]
-    environment = {**os.environ, "DASK_LOGGING__DISTRIBUTED": "error"}
+    environment = {**os.environ, "DASK_LOGGING__DISTRIBUTED": "critical", **(QUIET if quiet else {})}
     started = []
     try:
         for command in commands:
@@ -83,15 +92,19 @@ def both_stages(bench: Bench, name: str, **runtime: object) -> Side:
     return Side(run, prepare)
 
 
-def dask_workers(bench: Bench) -> Row:
-    with dask(bench.folder) as address, small_blocks("MOST_TESTS", 8), small_blocks("MOST_ROWS", ROWS_OF_BLOCK):
+def dask_workers(bench: Bench, name: str = "dask_workers", quiet: bool = True) -> Row:
+    with dask(bench.folder, quiet) as address, small_blocks("MOST_TESTS", 8), small_blocks("MOST_ROWS", ROWS_OF_BLOCK):
         of_dask = both_stages(bench, "dask", workers=WORKERS, backend="dask", address=address)
         dask_, loky = alternate(bench, of_dask, both_stages(bench, "loky", workers=WORKERS))
     get_reusable_executor().shutdown(wait=True)
     return Row(
-        *("dask_workers", f"grad_z and s_test, {WORKERS} dask workers", f"{WORKERS} loky workers"),
+        *(name, f"grad_z and s_test, {WORKERS} dask workers{'' if quiet else ', as dask sets them'}"),
+        f"{WORKERS} loky workers",
         *(dask_, loky, "s", 1.1, True),
     )
 
 
-ROWS = {"dask_workers": dask_workers}
+ROWS = {
+    "dask_workers": dask_workers,
+    "dask_workers_watched": lambda bench: dask_workers(bench, "dask_workers_watched", quiet=False),
+}

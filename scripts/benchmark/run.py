@@ -38,7 +38,7 @@ MODULES = {
         *("resnet_memory", "projected_memory"),
     ),
     "rows_plan": ("plan_seconds", "plan_disk", "plan_peak"),
-    "rows_engines": ("dask_workers",),
+    "rows_engines": ("dask_workers", "dask_workers_watched"),
     "nothing_to_do": ("nothing_to_do",),
 }
 """The modules of this folder that have rows, by name; each has them as ``ROWS``, functions of a ``Bench``."""
