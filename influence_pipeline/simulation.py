@@ -57,7 +57,7 @@ class Scale:
         network: bytes that go from or to one worker in a second; without a limit where the disk is its own.
         latency: seconds that a request takes: a file that is made, or opened, or removed.
         gradients: samples whose gradients are computed, encoded and compressed in a second.
-        curvature: training samples that what the solver prepares goes over in a second.
+        curvature: training samples that are read, and that what the solver prepares goes over, in a second.
         solutions: test samples that are solved for in a second.
         reads: bytes of gradients, counted as float32, that are decompressed and decoded in a second.
         flops: operations of products of gradients and solutions in a second.
@@ -118,7 +118,8 @@ class Scale:
             if stage.stage != "curvature":
                 found[names[stage.stage]] = 1 / each
             elif samples:  # its entries are not samples, but all of them go over all samples
-                found["curvature"] = samples / (stage.rows * each)
+                reading = stage.timing.ready - found["start"]  # all samples, which are kept for all passes
+                found["curvature"] = samples / (stage.rows * each + reading)
         return dataclasses.replace(self, **found)
 
     def __str__(self) -> str:

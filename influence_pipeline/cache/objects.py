@@ -18,7 +18,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -569,5 +569,15 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _together(request: Callable[[Any], Answer], of: Sequence[Any]) -> Iterator[Answer]:
-    """Make some requests at once; yield the answers in order."""
-    return iter([request(each) for each in of]) if len(of) < 2 else _threads().map(request, of)
+    """Make some requests at once; yield the answers in order, and leave none under way."""
+    if len(of) < 2:
+        yield from map(request, of)
+        return
+    answers = [_threads().submit(request, each) for each in of]
+    try:
+        for answer in answers:
+            yield answer.result()
+    finally:
+        for answer in answers:
+            answer.cancel()
+        wait(answers)

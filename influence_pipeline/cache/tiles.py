@@ -8,6 +8,7 @@ the tiles that it needs, decodes each into place, and shares nothing with other 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -114,7 +115,11 @@ class Tiles:
             FileNotFoundError: a file is missing, and ``strict``.
             ValueError: a file is damaged.
         """
-        for number, part in cells(region, self.file_shape):
+        files = list(cells(region, self.file_shape))
+        if fetched is None and self.files.far and len(files) > 1:
+            with contextlib.suppress(Rewritten):  # one by one then
+                fetched = self.fetch([region])
+        for number, part in files:
             place = out[within(part, region)]
             try:
                 known = fetched.get(number) if fetched else None

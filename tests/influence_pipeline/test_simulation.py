@@ -134,18 +134,18 @@ def test_what_cannot_be_read_is_named(text: str, said: str) -> None:
 
 
 def test_measured_rates_take_the_place_of_others() -> None:
-    def stage(name: str, rows: int, *blocks: tuple[int, float]) -> StagePlan:
-        timing = Timing(2.0, blocks) if blocks else None
+    def stage(name: str, rows: int, *blocks: tuple[int, float], ready: float = 2.0) -> StagePlan:
+        timing = Timing(ready, blocks) if blocks else None
         return StagePlan(name, "key", 0, 1, rows, 0, 0, 0, 0, False, 0, "", timing=timing)
 
     stages = (
         stage("grad_z", 1000, (10, 3.0), (10, 2.0)),
-        stage("curvature", 16, (1, 4.0)),
+        stage("curvature", 16, (1, 4.0), ready=8.0),
         stage("s_test", 10, (10, 5.0)),
         stage("influence", 10),
     )
     found = SCALE.measured(Plan("", stages))
-    assert (found.gradients, found.curvature, found.solutions) == pytest.approx((5, 1000 / 64, 2))
+    assert (found.gradients, found.curvature, found.solutions) == pytest.approx((5, 1000 / (64 + 6), 2))
     assert found.start == 2.0
     assert SCALE.measured(Plan("", stages[3:])) == SCALE
 
