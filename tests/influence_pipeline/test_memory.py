@@ -237,9 +237,9 @@ def solving_for_samples(folder: Path) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "stage",
     [
-        *("grad_z", "s_test", "influence", "eigenvalues", "nystrom s_test"),
+        *("grad_z", "s_test", "influence"),
         *thoroughly([
-            *("activations", "choosing", "probes", "newton", "self_influence"),
+            *("eigenvalues", "nystrom s_test", "activations", "choosing", "probes", "newton", "self_influence"),
             *(f"fisher {stage} {form}" for stage in ("curvature", "s_test") for form in FISHER),
             *("factors", "eigenbasis", "nystrom curvature"),
         ]),

@@ -43,10 +43,17 @@ def run(scripts: Path, *arguments: str, script: str = "run.py") -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_all_rows_print_and_are_kept(scripts: Path, tmp_path: Path) -> None:
-    done = run(scripts, "--folder", str(tmp_path), "--only", "table", "--table", str(tmp_path / "table.md"))
+@pytest.fixture(scope="module")
+def made(scripts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Return a folder with one case's ground truth and rows, and what making them said."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    return folder, run(scripts, "--folder", str(folder), "--only", "table", "--table", str(folder / "table.md"))
+
+
+def test_all_rows_print_and_are_kept(scripts: Path, made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = made
     assert done.returncode == 0, done.stderr
-    written = (tmp_path / "table.md").read_text()
+    written = (folder / "table.md").read_text()
     assert done.stdout.split() == written.split()
     (part,) = written.split("**")[2::2]
     rows = [line.split("|")[1:-1] for line in part.splitlines() if line.startswith("| `")]
@@ -60,17 +67,21 @@ def test_all_rows_print_and_are_kept(scripts: Path, tmp_path: Path) -> None:
         assert -1 <= figures[0] <= 1
         assert 0 <= figures[3] <= 1
 
-    written_at = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    again = run(scripts, "--folder", str(tmp_path), "--only", "table")
+    written_at = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    again = run(scripts, "--folder", str(folder), "--only", "table")
     assert again.stdout == done.stdout
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == written_at
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == written_at
 
-    several = run(scripts, "--folder", str(tmp_path), "--only", "table", script="ensembles.py")
+
+@pytest.mark.thorough
+def test_rows_of_several_models_print(scripts: Path, made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = made
+    several = run(scripts, "--folder", str(folder), "--only", "table", script="ensembles.py")
     assert several.returncode == 0, several.stderr
     cells = [line.split("|")[1:-1] for line in several.stdout.splitlines() if line.startswith("| `")]
     assert [cell[1].strip() for cell in cells] == ["1", "2", "1", "2"]
     # The first model is that of the other table.
-    exact = next(line for line in part.splitlines() if line.startswith("| `exact`, λ"))
+    exact = next(line for line in done.stdout.splitlines() if line.startswith("| `exact`, λ"))
     assert cells[0][2].split()[0] == exact.split("|")[2].split()[0]
     assert all(np.isfinite([float(cell[i].split()[0]) for i in (2, 3, 4)]).all() for cell in cells)
 
