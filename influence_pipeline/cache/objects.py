@@ -175,8 +175,6 @@ class ObjectFiles(Files):
         """Say whether there is an object."""
         import obstore
 
-        if _describes(name) and _descriptions.get(self._id(name)) is not None:
-            return True
         try:
             self._asked(name, lambda: obstore.head(self._store, self._key(name)))
         except FileNotFoundError:
@@ -440,7 +438,7 @@ class _Known:
         """Keep things for some seconds."""
         self._seconds = seconds
         self._known: OrderedDict[tuple[str, str], tuple[float, Any]] = OrderedDict()
-        self._drops = 0
+        self._reading: dict[tuple[str, str], object] = {}
         self._lock = threading.Lock()
 
     def get(self, key: tuple[str, str]) -> Any:
@@ -453,11 +451,13 @@ class _Known:
             return found if time.monotonic() - read <= self._seconds else None
 
     def read(self, key: tuple[str, str], read: Callable[[], Answer]) -> Answer:
-        """Read something of an object, and keep it if nothing was written meanwhile."""
-        drops, began = self._drops, time.monotonic()
+        """Read something of an object, and keep it if it was not forgotten meanwhile."""
+        began, token = time.monotonic(), object()
+        with self._lock:
+            self._reading[key] = token
         found = read()
         with self._lock:
-            if drops == self._drops:
+            if self._reading.pop(key, None) is token:
                 self._known[key] = began, found
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
@@ -466,9 +466,9 @@ class _Known:
     def drop(self, *keys: tuple[str, str]) -> None:
         """Forget some objects, by default all."""
         with self._lock:
-            self._drops += 1
-            for key in keys or tuple(self._known):
-                self._known.pop(key, None)
+            for known in (self._known, self._reading):
+                for key in keys or tuple(known):
+                    known.pop(key, None)
 
 
 _tails, _descriptions = _Known(), _Known(DESCRIBED)

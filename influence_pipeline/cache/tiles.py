@@ -39,6 +39,8 @@ EMPTY = 2**64 - 1
 """Offset and length of a tile that was never written."""
 NOWHERE = EMPTY, EMPTY
 CHECKSUM_BYTES = 4
+AT_ONCE_BYTES = 2**25
+"""Of a region, as it is kept, whose files are asked for at once where each request takes long."""
 RESIDUE = 0x48674BC7
 """The CRC-32C of any bytes with their own CRC-32C behind them."""
 CHUNK = 2**20
@@ -116,7 +118,8 @@ class Tiles:
             ValueError: a file is damaged.
         """
         files = list(cells(region, self.file_shape))
-        if fetched is None and self.files.far and len(files) > 1:
+        size = self.dtype.itemsize * math.prod(side.stop - side.start for side in region)
+        if fetched is None and self.files.far and len(files) > 1 and size <= AT_ONCE_BYTES:
             with contextlib.suppress(Rewritten):  # one by one then
                 fetched = self.fetch([region])
         for number, part in files:
