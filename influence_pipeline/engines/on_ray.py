@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import socket
 import threading
@@ -18,6 +19,10 @@ from influence_pipeline.engines.worker import Answer, block_on_cluster
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.settings import RuntimeSettings
 
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What a client of HTTP/2, and so of gRPC, says first: its preface and no settings (RFC 9113, 3.4)."""
+SETTINGS = bytes([4])
+"""The type of frame that a server answers with, after three bytes of its length."""
 LIFE = "life"
 """What an actor does in a thread of its own."""
 
@@ -172,16 +177,20 @@ def _life(handle: Any) -> Any:
 
 
 def _reach(address: str) -> None:
-    """Look whether anything answers: ray itself takes minutes to see that nothing does.
+    """Look whether something answers that may be ray: ray itself takes minutes to see that nothing does.
 
     Raises:
         OSError: nothing does.
-        ValueError: it is no address.
+        ValueError: it is no address, or something else.
     """
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), ANSWERS).close()
+    with socket.create_connection((host.strip("[]"), int(port)), ANSWERS) as there:
+        if os.environ.get("RAY_USE_TLS", "0") in {"", "0"}:
+            there.sendall(HELLO)
+            if there.recv(4)[3:] != SETTINGS:
+                raise ValueError("it does not speak gRPC")
 
 
 @contextmanager

@@ -83,7 +83,9 @@ def test_in_each_stage_a_worker_of_dask_is_killed_and_another_stopped(
 
 
 @pytest.mark.thorough
-def test_a_worker_of_ray_is_killed_and_another_stopped(server: Server, local: dict[str, bytes], tmp_path: Path) -> None:
+def test_in_each_stage_a_worker_of_ray_is_killed_and_another_stopped(
+    server: Server, local: dict[str, bytes], tmp_path: Path
+) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     cluster = RayCluster(server, tmp_path / "gates")
     try:
@@ -92,8 +94,8 @@ def test_a_worker_of_ray_is_killed_and_another_stopped(server: Server, local: di
         )
         experiment = f"from pathlib import Path\n\nfrom tests.faults import clusters\n{experiment}"
         settings = project_in(tmp_path, experiment, backend="ray", address=cluster.address, workers=3)
-        cluster.close("grad_z", "s_test")
-        harmed(cluster, run(server, settings), "grad_z", "s_test")
+        cluster.close(*STAGES)
+        harmed(cluster, run(server, settings), *STAGES)
     finally:
         cluster.end()
     assert tiny.files(tmp_path / "runs") == local

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import sys
 import threading
 import time
@@ -14,7 +16,7 @@ import pytest
 
 import influence_pipeline as ip
 from influence_pipeline.cache import Group, claims
-from influence_pipeline.engines import cluster, count, worker
+from influence_pipeline.engines import cluster, count, on_ray, worker
 from influence_pipeline.engines.cluster import Cluster, Lost
 from influence_pipeline.engines.worker import Answer, Order
 from influence_pipeline.experiment import forget_files, load
@@ -231,6 +233,26 @@ def test_a_backend_whose_library_is_not_here_says_what_to_install(
     message = rf'runtime.backend = "{backend}" needs {library} .*pip install "influence-pipeline\[{backend}\]"'
     with pytest.raises(ip.RequestError, match=message):
         count(runtime)
+
+
+@pytest.mark.parametrize(("answer", "said"), [(b"", "timed out"), (b"HTTP/1.1 400 Bad Request", "does not speak gRPC")])
+def test_what_is_no_ray_cluster_is_found_out_at_once(answer: bytes, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    monkeypatch.setattr(on_ray, "ANSWERS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(answer)
+                while connection.recv(1000):
+                    pass
+
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        runtime = tiny.settings(runtime={"backend": "ray", "address": address}).runtime
+        with pytest.raises(ip.RequestError, match=f"no ray cluster answers there.*{said}"):
+            count(runtime)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1"])
