@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 from influence_pipeline.cache import claims
-from influence_pipeline.engines.cluster import ANSWERS, KEPT, Cluster, Lost, no_answer, not_installed
+from influence_pipeline.engines.cluster import ANSWERS, KEPT, STARTS, Cluster, Lost, no_answer, not_installed
 from influence_pipeline.engines.worker import Answer, block_on_cluster
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.settings import RuntimeSettings
@@ -54,7 +54,8 @@ class Dask(Cluster):
             WorkError: the scheduler does not answer.
         """
         try:
-            found = self._client.sync(self._client.scheduler.identity, callback_timeout=claims.EXPIRY)["workers"]
+            patience = max(claims.EXPIRY, STARTS)
+            found = self._client.sync(self._client.scheduler.identity, callback_timeout=patience)["workers"]
         except (OSError, RuntimeError, ValueError) as error:
             raise WorkError(f"{self.name} does not answer any more ({error}). {KEPT}") from error
         return {

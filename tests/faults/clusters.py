@@ -72,9 +72,9 @@ def work_at(gates: Path, expiry: float) -> None:
 
 
 def command(arguments: list[str], expiry: float | None = None) -> int:
-    """Run a command of the command line, which looks more often and waits less than usual; return its exit code."""
+    """Run a command, which looks more often than usual, and longer for workers to come; return its exit code."""
     prepare(expiry=expiry)
-    cluster.LOOK, cluster.ANSWERS, cluster.STOPPING = 0.1, 2.0, 1.0
+    cluster.LOOK, cluster.ANSWERS, cluster.STOPPING = 0.1, COMES, 1.0
     try:
         app(arguments)
     except SystemExit as end:
