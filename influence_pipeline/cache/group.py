@@ -415,8 +415,8 @@ class Group:
             names = self.layout.block_files(block)
             known: dict[Location, FileSum] = {}
             self._remove(names)
-            for found in self._files.together([array.appear for array in arrays]):
-                known |= found
+            for array in arrays:  # in order: the factors of rows are known once these appear
+                known |= array.appear()
             files = [known.get(self.path / name) or self._sum(name) for name in names]
             record = Record.new(block.rows, samples, inputs, files)
             while (taken := self._taken_over(block, claim)) or not self._write_record(block, record, once=True):

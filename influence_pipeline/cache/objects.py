@@ -24,6 +24,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
+from influence_pipeline.cache.layout import DESCRIPTION
 from influence_pipeline.cache.store import PART, Files, Found, Growing, Ranges, Rewritten
 from influence_pipeline.errors import RequestError, WorkError
 from influence_pipeline.location import Location, ObjectPath, without_secrets
@@ -546,7 +547,7 @@ def _store(root: str, patience: float) -> Any:
 
 
 def _describes(name: str) -> bool:
-    return name.endswith("zarr.json")
+    return name.endswith(DESCRIPTION)
 
 
 def _mode(mark: Any) -> Any:

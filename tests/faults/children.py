@@ -37,7 +37,7 @@ from influence_pipeline.cache.writing import ArrayWriting
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
-HANGS = 240.0
+HANGS = 45.0
 """Seconds after which a child hangs: less than a claim takes to expire."""
 LOOK = 0.005
 """Seconds between looks at a child."""
@@ -229,9 +229,9 @@ def main() -> None:
 class Child:
     """A process that was started to be harmed."""
 
-    def __init__(self, process: int, out: Path, look: Callable[[], int | None]) -> None:
-        """Follow a process; ``look`` gives its exit code once it has ended."""
-        self.process, self.began = process, time.monotonic()
+    def __init__(self, process: int, out: Path, look: Callable[[], int | None], hangs: float = HANGS) -> None:
+        """Follow a process, which hangs after so many seconds; ``look`` gives its exit code once it has ended."""
+        self.process, self.began, self._hangs = process, time.monotonic(), hangs
         self._out, self._look, self._exit = out, look, None
 
     def signal(self, number: int, after: float = 0.0) -> bool:
@@ -249,12 +249,13 @@ class Child:
             self._exit = self._look()
         return self._exit
 
-    def wait(self, most: float = HANGS) -> int:
+    def wait(self, most: float | None = None) -> int:
         """Return the exit code.
 
         Raises:
             TimeoutError: it hangs.
         """
+        most = self._hangs if most is None else most
         end = time.monotonic() + most
         while self.exit is None:
             if time.monotonic() > end:
@@ -308,7 +309,7 @@ class Server:
         """
         out = self._folder / f"{uuid.uuid4().hex}.out"
         process = self._ask(do="start", call=call, args=args, out=out, modules=learn, hangs=hangs)["process"]
-        return Child(process, out, lambda: self._ask(do="look", process=process)["exit"])
+        return Child(process, out, lambda: self._ask(do="look", process=process)["exit"], hangs or HANGS)
 
     def learn(self, call: str, **args: Any) -> None:
         """Run something once, and import in the server what it imported."""

@@ -15,7 +15,7 @@ import pytest
 from tests import tiny
 from tests.conftest import EXPERIMENT, SETTINGS
 from tests.faults.children import Child, Server
-from tests.faults.clusters import DaskCluster, Gates, RayCluster, until
+from tests.faults.clusters import COMES, DaskCluster, Gates, RayCluster, until
 from tests.faults.kills import left_over
 
 EXPIRY = 3.0
@@ -53,7 +53,8 @@ def project_in(folder: Path, experiment: str = EXPERIMENT, **runtime: object) ->
 
 
 def run(server: Server, settings: Path) -> Child:
-    return server.start("tests.faults.clusters:command", arguments=["run", settings], expiry=EXPIRY)
+    order = {"arguments": ["run", settings], "expiry": EXPIRY}
+    return server.start("tests.faults.clusters:command", hangs=COMES, **order)
 
 
 def harmed(cluster: Gates, running: Child, *stages: str) -> None:
